@@ -1,12 +1,13 @@
 # setup: .venv with everything that development needs    demo: the main job, about four minutes
 # demo-tasks: ten adapters trained together and served
 # test: tests, linter, formatter, types                  bench: ours against the peers, one file a claim
+# clients: the ecosystem's tools against a server, each in an environment of its own (docs/clients.md)
 # audit: the pins among known vulnerabilities, before a release; asks a service on the network
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-tasks test types behaviour test-slow bench audit clean
+.PHONY: setup demo demo-tasks test types behaviour test-slow bench clients audit clean
 
 setup: $(READY)
 
@@ -44,10 +45,21 @@ bench: setup
 	cd benchmarks && for one in loss_curve train_step train_run train_together memory scaling serve machine; do ../$(BIN)/python $$one.py --json results/$$one.json || exit 1; done \
 		&& ../$(BIN)/python scale.py --update ../docs/scale.md
 
+clients: setup .venv-clients/.ready
+	cd benchmarks && ../$(BIN)/python clients.py --environments ../.venv-clients --write
+
+.venv-clients/.ready: requirements-clients.txt constraints-clients.txt
+	for one in main instructor; do $(PYTHON) -m venv .venv-clients/$$one || exit 1; done
+	.venv-clients/main/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-clients.txt torch
+	.venv-clients/main/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-clients.txt -r requirements-clients.txt
+	.venv-clients/instructor/bin/python -m pip install --quiet --disable-pip-version-check instructor==1.17.0
+	if command -v npm > /dev/null; then npm install --silent --no-audit --no-fund --prefix .venv-clients/node ai@6 @ai-sdk/openai-compatible@2 zod@4; fi
+	touch .venv-clients/.ready
+
 audit:
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
 	build/audit/bin/pip-audit --disable-pip --no-deps -r constraints.txt
 
 clean:
-	rm -rf .venv build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -176,7 +176,7 @@ def unknown(store: Any) -> None:
 
 def names() -> dict[str, Any]:
     """Opening, listing and asking stores of several sizes."""
-    from loralab.serving.store import Store
+    from loralab.serving.adapters.store import Store
 
     found: dict[str, Any] = {}
     for count in COUNTS:

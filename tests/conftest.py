@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Subprocess
+from forked import PRELOADED, Subprocess
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from loralab.artefacts import certificate
-from loralab.studies import forked as study_worker
+from loralab.studies import executor
 
 pytest_plugins = ("registers",)
 THREADS = os.environ.get("LORALAB_TEST_THREADS", "1")  # more spin, and starve what runs beside
@@ -81,7 +81,7 @@ def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Fork what would be a fresh interpreter, but for tests that are marked `interpreter`."""
     if "interpreter" not in request.keywords:
         monkeypatch.setattr(certificate, "subprocess", Subprocess())
-        monkeypatch.setattr(study_worker, "subprocess", Subprocess())
+    monkeypatch.setattr(executor, "PRELOADED", PRELOADED)
 
 
 @pytest.fixture(scope="session")

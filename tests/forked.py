@@ -35,11 +35,11 @@ PRELOADED = [
             "training.many",
             "artefacts.export",
             "serving.opening",
-            "serving.api",
-            "serving.listener",
+            "serving.http.app",
+            "serving.http.server",
             "studies.conduct",
             "studies.report",
-            "studies.worker",
+            "studies.executor",
             "studies.trained",
             "studies.prepare",
         )
@@ -169,9 +169,10 @@ class Forked:
 
 def fork_what_it_starts() -> None:
     """Fork from this process whatever a certificate or a study starts in it."""
-    for name in ("loralab.artefacts.certificate", "loralab.studies.forked"):
-        module: Any = importlib.import_module(name)
-        module.subprocess = Subprocess(multiprocessing.get_context("fork"))
+    certificate: Any = importlib.import_module("loralab.artefacts.certificate")
+    certificate.subprocess = Subprocess(multiprocessing.get_context("fork"))
+    executor: Any = importlib.import_module("loralab.studies.executor")
+    executor.CONTEXT = multiprocessing.get_context("fork")
 
 
 def _stream(asked: Any, mode: str, stack: contextlib.ExitStack) -> tuple[IO[Any] | None, Any]:

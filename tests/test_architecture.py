@@ -4,6 +4,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Container, Iterator
 from functools import cache
 from pathlib import Path
@@ -48,7 +49,7 @@ TORCH_FREE = [
     "serving/settings.py",
     "training/settings.py",
     "errors.py",
-    "serving/keys.py",
+    "serving/http/keys.py",
     "atomic.py",
     "values.py",
     "plugins.py",
@@ -218,3 +219,10 @@ def test_help_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     assert (done.returncode, done.stderr.strip()) == (0, "")
+
+
+def test_every_file_of_the_package_is_installed() -> None:
+    found = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = found["tool"]["setuptools"]["package-data"]["loralab"]
+    files = {f for f in ROOT.rglob("*") if f.is_file() and f.suffix not in {".py", ".pyc"}}
+    assert not files - {f for pattern in patterns for f in ROOT.glob(pattern)}

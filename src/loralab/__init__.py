@@ -43,6 +43,7 @@ _WHERE = {
     "certify": "artefacts.certificate",
     "check": "artefacts.engines",
     "verify": "artefacts.verify",
+    "audit": "artefacts.audit.audit",
     "inspect": "artefacts.inspect",
     "serve": "serving.serve",
     "StudyOptions": "studies.study",

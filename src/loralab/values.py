@@ -82,6 +82,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple | set | frozenset) and all(_fits(one, inner[0]) for one in value)
     if origin is not None:  # a mapping
         return isinstance(value, Mapping) and all(_fits(one, inner[1]) for one in value.values())
+    if hint is Any:
+        return True
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, int | float if hint is float else hint)

@@ -189,7 +189,7 @@ def qwen_vl() -> Any:
 MULTIMODAL = {
     "llava": (llava, {"model.vision_tower", "model.multi_modal_projector"}),
     "llava without a head": (lambda: llava(LlavaModel), {"vision_tower", "multi_modal_projector"}),
-    "gemma3": (gemma3, {"model.vision_tower"}),
+    "gemma3": (gemma3, {"model.vision_tower", "model.multi_modal_projector"}),  # joined on by a parameter, no layer
     "mistral3": (mistral3, {"model.vision_tower", "model.multi_modal_projector"}),
     "qwen2.5-vl": (qwen_vl, {"model.visual"}),
 }

@@ -17,6 +17,7 @@ from forked import Forked, Subprocess
 
 from loralab.cli import run
 from loralab.cli.serve import _example
+from loralab.serving.http.service import ServerInfo
 
 TESTS = Path(__file__).parents[1]
 SERVER = TESTS / "serving" / "without_model.py"
@@ -88,9 +89,16 @@ def test_what_it_says_to_people(tiny_llama_folder: Path) -> None:
 
 
 def test_an_example_for_every_kind() -> None:
-    assert "/v1/classify" in _example("sequence-classification", "http://h", "m", False)
-    assert "image" in _example("image-classification", "http://h", "m", False)
-    assert "Bearer" in _example("causal-lm", "http://h", "m", True)
+    def example(kind: str, *capabilities: str, with_keys: bool = False) -> str:
+        info = ServerInfo(base="m", kind=kind, adapters=(), capabilities=capabilities)
+        return _example(info, "http://h", "m", with_keys)
+
+    assert "/v1/classify" in example("sequence-classification", "classify", "embeddings")
+    assert "/v1/embeddings" in example("sequence-classification", "embeddings", "score")
+    assert "/v1/score" in example("sequence-classification", "score", "rerank")
+    assert "image" in example("image-classification", "classify")
+    assert "/v1/chat" in example("causal-lm", "completions", "chat")
+    assert "Bearer" in example("causal-lm", "completions", "chat", with_keys=True)
 
 
 BAD: list[tuple[list[str], str]] = [

@@ -20,7 +20,7 @@ from loralab.artefacts import certificate
 from loralab.cli import run
 from loralab.errors import ConfigError
 from loralab.models.load import Base
-from loralab.serving.adapter_loader import AdapterLoader
+from loralab.serving.adapters.loader import AdapterLoader
 from loralab.studies.questions.methods import arms
 from loralab.studies.study import StudySetup
 

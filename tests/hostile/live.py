@@ -17,12 +17,12 @@ from serving.conftest import write_adapter
 from loralab.adapters.methods import LoRA
 from loralab.models.load import Base
 from loralab.models.load import load as load_base
-from loralab.serving.api import build_app
-from loralab.serving.engine import Engine
-from loralab.serving.keys import Keys
-from loralab.serving.listener import Listener, address, open_socket
+from loralab.serving.http.app import build_app
+from loralab.serving.http.keys import Keys
+from loralab.serving.http.server import Listener, address, open_socket
 from loralab.serving.opening import open_engine
 from loralab.serving.settings import Limits, ServeSettings
+from loralab.serving.text_engine import TextEngine
 
 lively_llama_folder = worlds.lively_llama_folder
 TASK = {"name": "films", "format": "text-label", "labels": ["good", "bad"]}
@@ -36,7 +36,7 @@ class Live:
     """A server: where it listens, its engine, and what lies below it."""
 
     where: str
-    engine: Engine
+    engine: TextEngine
     store: Path
     model: Path
     base: Base

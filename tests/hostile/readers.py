@@ -33,14 +33,14 @@ from loralab.cli.arguments import field_names, requested
 from loralab.cli.jobs import _jobs
 from loralab.models import load as models
 from loralab.models.pictures import Pictures
-from loralab.serving import keys
-from loralab.serving.adapter_info import describe
-from loralab.serving.names import Names, write_names
-from loralab.serving.safe_read import read_metadata
-from loralab.serving.store import Store
+from loralab.serving.adapters.files import read_metadata
+from loralab.serving.adapters.info import describe
+from loralab.serving.adapters.names import Names, write_names
+from loralab.serving.adapters.store import Store
+from loralab.serving.http import keys
 from loralab.studies import report, store
 from loralab.studies.fields import from_toml
-from loralab.studies.runner import walk
+from loralab.studies.search import walk
 from loralab.studies.study import Arm, Record, StudySetup, Trial
 from loralab.tasks import catalog
 from loralab.tasks.encode import chat_ids

@@ -25,7 +25,7 @@ from loralab.adapters.methods import LoRA
 from loralab.assets import fashion
 from loralab.errors import AdapterFileError, ConfigError, DataError, LoralabError, ModelError, one_line
 from loralab.models import load as models
-from loralab.serving.store import Store
+from loralab.serving.adapters.store import Store
 from loralab.tasks import catalog
 from loralab.tasks.pictures import from_file
 from loralab.tasks.template import render

@@ -16,9 +16,9 @@ from hostile import live as lives
 from hostile.live import PATIENCE, QUICK, TEXT, Live, Neighbours, raw, request, serving, statuses
 from serving.talk import until
 
-from loralab.serving.api_body import MAX_CONTAINERS, MAX_VALUES
-from loralab.serving.gate import hosts_of
-from loralab.serving.metrics import Metrics
+from loralab.serving.http.body import MAX_CONTAINERS, MAX_VALUES
+from loralab.serving.http.gate import hosts_of
+from loralab.serving.http.metrics import Metrics
 from loralab.serving.settings import Limits
 
 lively_llama_folder, adapters = lives.lively_llama_folder, lives.adapters
@@ -357,7 +357,7 @@ def test_numbers_and_texts_that_break_things_are_refused(content: bytes, live: L
 
 
 def test_names_that_come_and_go_do_not_fill_the_metrics(live: Live, monkeypatch: Any) -> None:
-    monkeypatch.setattr("loralab.serving.metrics.MAX_COUNTED_ADAPTERS", 5)
+    monkeypatch.setattr("loralab.serving.http.metrics.MAX_COUNTED_ADAPTERS", 5)
     counts = Metrics(live.engine)
     for number in range(50):
         counts.observe(

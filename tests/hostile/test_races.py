@@ -20,9 +20,9 @@ from loralab.adapters import folder
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterFileError
 from loralab.models.load import load as load_base
-from loralab.serving import safe_read
-from loralab.serving.keys import Key, Keys
-from loralab.serving.store import Store
+from loralab.serving.adapters import files as safe_read
+from loralab.serving.adapters.store import Store
+from loralab.serving.http.keys import Key, Keys
 
 lively_llama_folder, adapters = lives.lively_llama_folder, lives.adapters
 SECRET = "a key that must not be seen"
@@ -208,7 +208,7 @@ def test_a_key_is_compared_in_constant_time_and_never_shown(
 
     plain: Callable[[bytes, bytes], bool] = hmac.compare_digest
     monkeypatch.setattr(
-        "loralab.serving.keys.hmac.compare_digest", lambda one, two: compared.append(len(one)) or plain(one, two)
+        "loralab.serving.http.keys.hmac.compare_digest", lambda one, two: compared.append(len(one)) or plain(one, two)
     )
     caplog.set_level(logging.DEBUG)
     said = []

@@ -161,10 +161,15 @@ def test_the_head_for_tags_makes_way_for_one_of_classes(save_tiny: Any) -> None:
     assert set(base.new) == {"bert.pooler", "classifier"}
 
 
-def test_an_encoder_decoder_is_refused_for_answers_and_pairs(saved: Callable[[str], Path]) -> None:
+def test_an_encoder_decoder_answers_prompts_and_is_refused_for_conversations_and_pairs(
+    saved: Callable[[str], Path],
+) -> None:
     folder = str(saved("t5"))
     assert natural_kind(folder) == "seq2seq"
-    for form in ("prompt-completion", "messages", "instruction", "text"):
+    for form in ("prompt-completion", "instruction"):
+        assert kind_for(folder, form) == "seq2seq"
+    assert kind_for(folder, "text-label", "seq2seq") == "seq2seq"
+    for form in ("messages", "text"):
         with pytest.raises(ModelError) as error:
             kind_for(folder, form)
         assert error.value.code == "seq2seq_unsupported"

@@ -11,6 +11,9 @@ from loralab.models.kinds import (
     CAUSAL,
     CLASSIFIER,
     KINDS,
+    LEARNERS,
+    MULTI_LABEL,
+    REGRESSION,
     SENTENCES,
     SEQ2SEQ,
     TAGGER,
@@ -21,6 +24,8 @@ from loralab.models.kinds import (
     require_kind,
     require_text_or_pictures,
 )
+from loralab.tasks.formats import FORMATS
+from loralab.tasks.kinds.registry import kinds, kinds_for
 
 
 def config(name: str, saved_as: str, **fields: Any) -> PreTrainedConfig:
@@ -51,6 +56,8 @@ NATURAL = [
     ("T5", "T5ForSequenceClassification", {}, CLASSIFIER),
     ("Bart", "BartForConditionalGeneration", {}, SEQ2SEQ),
     ("Bart", "BartForCausalLM", {"is_decoder": True, "is_encoder_decoder": False}, CAUSAL),
+    ("Bert", "BertForSequenceClassification", {"num_labels": 1}, REGRESSION),
+    ("Bert", "BertForSequenceClassification", {"problem_type": "multi_label_classification"}, MULTI_LABEL),
     ("Dinov2", "Dinov2Model", {}, VISION),
     ("CLIP", "CLIPModel", {}, VISION),
 ]
@@ -72,6 +79,16 @@ SENSES = [
     ("Qwen2VL", "Qwen2VLForConditionalGeneration", "multimodal_unsupported"),
     ("Qwen2Audio", "Qwen2AudioForConditionalGeneration", "multimodal_unsupported"),
     ("Whisper", "WhisperForConditionalGeneration", "input_unsupported"),
+    ("Speech2Text", "Speech2TextForConditionalGeneration", "input_unsupported"),
+    ("Moonshine", "MoonshineForConditionalGeneration", "input_unsupported"),
+    ("Pix2Struct", "Pix2StructForConditionalGeneration", "multimodal_unsupported"),
+    ("VisionEncoderDecoder", "VisionEncoderDecoderModel", "multimodal_unsupported"),
+    ("SpeechEncoderDecoder", "SpeechEncoderDecoderModel", "multimodal_unsupported"),
+    ("SeamlessM4T", "SeamlessM4TForSpeechToText", "multimodal_unsupported"),
+    ("SpeechT5", "SpeechT5ForSpeechToText", "input_unsupported"),
+    ("Florence2", "Florence2ForConditionalGeneration", "multimodal_unsupported"),
+    ("T5Gemma2", "T5Gemma2ForConditionalGeneration", "multimodal_unsupported"),
+    ("Musicgen", "MusicgenForConditionalGeneration", "multimodal_unsupported"),
     ("Wav2Vec2", "Wav2Vec2ForCTC", "input_unsupported"),
     ("CLIPVision", "CLIPVisionModel", "input_unsupported"),
     ("PatchTST", "PatchTSTForPrediction", "input_unsupported"),
@@ -125,3 +142,9 @@ def test_classes_that_are_counted_and_not_named_are_counted() -> None:
     found.id2label = None
     with pytest.raises(ModelError):
         head_options("folder", found, VISION, ["a", "b"])
+
+
+def test_models_and_rows_agree_on_which_kinds_there_are_and_what_they_learn_from() -> None:
+    assert set(kinds()) == set(KINDS)
+    for form in FORMATS:
+        assert {kind.name for kind in kinds_for(form)} == set(LEARNERS.get(form, (CAUSAL,))), form

@@ -17,9 +17,9 @@ from loralab.adapters.load import load as load_adapter
 from loralab.adapters.methods import IA3, Bottleneck, LoRA, Prefix, Prompt
 from loralab.models.load import Base
 from loralab.models.load import load as load_base
-from loralab.serving.engine import Engine
 from loralab.serving.opening import open_engine
 from loralab.serving.settings import ServeSettings
+from loralab.serving.text_engine import TextEngine
 
 KINDS: dict[str, Any] = {
     "lora": LoRA(rank=4),
@@ -115,11 +115,11 @@ def byte_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture
-def opened(world: World) -> Iterator[Callable[..., Engine]]:
+def opened(world: World) -> Iterator[Callable[..., TextEngine]]:
     """Open engines on the world, and stop them in the end."""
-    engines: list[Engine] = []
+    engines: list[TextEngine] = []
 
-    def open_it(store: Path | None = None, *, of: World = world, **settings: Any) -> Engine:
+    def open_it(store: Path | None = None, *, of: World = world, **settings: Any) -> TextEngine:
         options = {"precision": "fp32", "cache_memory": "2MB", **settings}
         engine = open_engine(model=str(of.folder), store=store or of.store, settings=ServeSettings(**options))
         engines.append(engine)

@@ -37,6 +37,7 @@ class FakeEntry:
     prefix_tokens: int = 0
     path: Path = Path("sst")
     form: str | None = None
+    instruction: str | None = None
     parts: tuple[Any, ...] = ()
 
     @property
@@ -110,6 +111,14 @@ class FakeEngine:
 
     def tokenizer(self, entry: FakeEntry | None) -> Any:
         return self.base.tokenizer
+
+    def refusal(self, what: str, entry: FakeEntry | None) -> str:
+        """Generate or classify, as its kind says; use /v1/classify otherwise."""
+        writes = self.base.kind == "causal-lm"
+        return "" if what == "classify" or (writes and what in ("completions", "chat")) else "use /v1/classify"
+
+    def capabilities(self, entry: FakeEntry | None) -> list[str]:
+        return [what for what in ("completions", "chat", "classify") if not self.refusal(what, entry)]
 
     def start(self) -> None:
         """Nothing to start."""

@@ -10,9 +10,9 @@ import pytest
 from serving.fakes import FakeEngine, FakeEntry, FakeStore, digest_of
 from transformers import AutoTokenizer
 
-from loralab.serving.api import build_app
-from loralab.serving.keys import Keys
-from loralab.serving.listener import Listener, address, open_socket
+from loralab.serving.http.app import build_app
+from loralab.serving.http.keys import Keys
+from loralab.serving.http.server import Listener, address, open_socket
 from loralab.serving.settings import Limits
 
 Serve = Callable[..., str]

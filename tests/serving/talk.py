@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 from serving.fakes import FakeEngine
 
-from loralab.serving.api import build_app
-from loralab.serving.keys import Keys
+from loralab.serving.http.app import build_app
+from loralab.serving.http.keys import Keys
 from loralab.serving.settings import Limits
 
 CHAT = {"model": "sst", "messages": [{"role": "user", "content": "good film"}], "max_tokens": 4}

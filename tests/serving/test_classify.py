@@ -13,13 +13,14 @@ from PIL import Image
 from transformers import BertConfig, BertForSequenceClassification, Dinov2Config, Dinov2Model
 
 from loralab.adapters.methods import LoRA, Method, Prefix
-from loralab.errors import AdapterNotFoundError, ConfigError, DataError, ModelError
+from loralab.errors import AdapterNotFoundError, DataError, ModelError
 from loralab.models.load import load
-from loralab.serving.engine import Engine
+from loralab.serving.encoder_engine import EncoderEngine
+from loralab.serving.encoder_requests import EncoderRequests
 from loralab.serving.opening import open_engine
-from loralab.serving.request import Ranked, Sampling
-from loralab.serving.request_builder import RequestBuilder
+from loralab.serving.request import Ranked
 from loralab.serving.settings import ServeSettings
+from loralab.serving.text_engine import TextEngine
 from loralab.training.evaluation import evaluate
 from loralab.training.run import train
 from loralab.training.settings import Evaluation, Training
@@ -31,7 +32,7 @@ WORDS = "film good bad fine poor great awful review".split()  # noqa: SIM905
 class Taught:
     """Adapters for two tasks on one base, and the files of the tasks."""
 
-    engine: Engine
+    engine: TextEngine | EncoderEngine
     store: Path
     files: dict[str, Path]
 
@@ -146,9 +147,13 @@ def test_what_is_wrong_is_said(language: Taught, encoder: Taught) -> None:
     with pytest.raises(AdapterNotFoundError) as error:
         encoder.engine.classify(["a"], adapter="tow")
     assert (error.value.code, error.value.field) == ("unknown_adapter", "name")
-    with pytest.raises(ConfigError) as error:
-        encoder.engine.submit([5], adapter="two", sampling=Sampling())
-    assert error.value.code == "not_generative"
+    assert encoder.engine.capabilities(encoder.engine.store.entry("two")) == [
+        "classify",
+        "embeddings",
+        "score",
+        "rerank",
+    ]
+    assert language.engine.capabilities(None) == ["completions", "chat"]
 
 
 def test_pictures_are_put_into_classes(save_tiny: Saver, tmp_path: Path) -> None:
@@ -198,8 +203,23 @@ def test_a_token_that_the_encoder_has_no_row_for_is_named(save_tiny: Saver) -> N
     )
     base = load(str(save_tiny("odd", BertForSequenceClassification(config), False)))
     base.tokenizer.add_tokens(["<odd>"])
-    builder = RequestBuilder(base, context=64)
+    builder = EncoderRequests(base, 64, "")
     assert builder.classification(["good film"], None)
     with pytest.raises(ModelError) as caught:
         builder.classification(["good <odd> film"], None)
     assert caught.value.code == "token_without_row" and "<odd>" in str(caught.value)
+
+
+def test_labels_that_may_all_hold_have_chances_of_their_own(save_tiny: Saver, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    problem = "multi_label_classification"
+    config = BertConfig(**sizes, vocab_size=90, num_labels=3, problem_type=problem, initializer_range=0.3)
+    folder = save_tiny("several", BertForSequenceClassification(config), False)
+    engine = open_engine(model=str(folder), store=tmp_path, settings=ServeSettings(precision="fp32"))
+    future = engine.classify(["good film"], adapter=None)
+    engine.run_until_idle()
+    model = BertForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(**engine.base.tokenizer("good film", return_tensors="pt")).logits[0]
+    found = future.result()[0].probabilities
+    assert [found[f"LABEL_{n}"] for n in range(3)] == pytest.approx(logits.sigmoid().tolist(), abs=1e-5)

@@ -17,12 +17,12 @@ from serving.vocabularies import byte_level
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.serving.constraints import CHOICE, GRAMMAR, JSON, REGEX, Constraints, Grammar
-from loralab.serving.engine import Engine
 from loralab.serving.logits import LogitsProcessor
 from loralab.serving.request import Sampling
 from loralab.serving.sampling import SamplerState, choose_tokens
+from loralab.serving.text_engine import TextEngine
 
-Open = Callable[..., Engine]
+Open = Callable[..., TextEngine]
 END = 2
 
 

@@ -15,11 +15,11 @@ from serving.conftest import KINDS, World, write_adapter
 
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterNotFoundError, DataError, QueueFullError, RunError
-from loralab.serving.engine import Engine
 from loralab.serving.request import Delta, Finished, Sampling
+from loralab.serving.text_engine import TextEngine
 
 NEW = 6
-Open = Callable[..., Engine]
+Open = Callable[..., TextEngine]
 GREEDY = Sampling(max_tokens=NEW, temperature=0, ignore_eos=True)
 
 
@@ -290,7 +290,7 @@ def test_what_is_wrong_is_said_at_once(opened: Open) -> None:
 
 def test_what_dies_dies_alone(opened: Open, solo: Any, monkeypatch: Any) -> None:
     engine = opened()
-    ways = engine._model
+    ways = engine._runner
     healthy = ways.logits
 
     def fragile(works: Any) -> Any:

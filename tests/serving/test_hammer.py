@@ -15,8 +15,8 @@ from serving.conftest import World, write_adapter
 from loralab.adapters.load import load as load_adapter
 from loralab.adapters.methods import IA3, Bottleneck, LoRA, Prefix
 from loralab.errors import AdapterNotFoundError, QueueFullError
-from loralab.serving.engine import Engine
 from loralab.serving.request import Sampling
+from loralab.serving.text_engine import TextEngine
 
 REQUESTS, THREADS, NEW = 3000, 16, 5
 METHODS = [
@@ -60,7 +60,7 @@ def written(model: Any, prompt: list[int]) -> tuple[int, ...]:
 class Hammer:
     """Asks, moves names, and compares every answer with that of the digest it names."""
 
-    def __init__(self, engine: Engine, world: World, store: Path) -> None:
+    def __init__(self, engine: TextEngine, world: World, store: Path) -> None:
         self.engine = engine
         self.prompts = prompts()
         self.whole, self.cut, self.unknown = 0, 0, 0
@@ -118,7 +118,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.mark.slow
 def test_every_answer_is_that_of_the_digest_it_names(
-    world: World, versions: Path, opened: Callable[..., Engine]
+    world: World, versions: Path, opened: Callable[..., TextEngine]
 ) -> None:
     engine = opened(versions, resident=4, max_batch=12, cache_memory="150KB", queue=10_000)
     hammer = Hammer(engine, world, versions)

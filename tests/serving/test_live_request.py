@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving.vocabularies import FAMILIES
 
-from loralab.serving.api_shapes import ChatShape, CompletionShape
 from loralab.serving.detokenize import TokenBytes
+from loralab.serving.http.shapes import ChatShape, CompletionShape
 from loralab.serving.live_request import Generation, LabelScoring
 from loralab.serving.request import Answer, Completed, Event, Finished, Sampling
 from loralab.serving.scheduler import Chunk, TokenSequence
@@ -69,14 +69,14 @@ def completed(events: list[Event]) -> Completed:
 def shaped(done: Completed, kind: Any = CompletionShape) -> Any:
     """Return the choice of an answer over HTTP."""
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
-    return kind([answer], model="m", choices=1, usage=False).whole([done])["choices"][0]
+    return kind([answer], model="m", choices=1, usage=False).whole([done]).as_json()["choices"][0]
 
 
 def streamed(events: list[Event]) -> Any:
     """Return the pieces of a completion's logprobs, put together."""
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
     shape = CompletionShape([answer], model="m", choices=1, usage=False)
-    pieces = [shape.piece(0, event)["choices"][0] for event in events[:-1]]  # type: ignore[arg-type]
+    pieces = [shape.piece(0, event).as_json()["choices"][0] for event in events[:-1]]  # type: ignore[arg-type]
     parts = [piece["logprobs"] for piece in pieces if piece["logprobs"]]
     return "".join(piece["text"] for piece in pieces), {
         key: [one for part in parts for one in part[key]] for key in (parts[0] if parts else ())
@@ -271,6 +271,6 @@ def test_an_answer_without_a_token_lists_none_where_that_was_asked_for(kind: Any
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
     for asked in (True, False):
         shape = kind([answer], model="m", choices=1, usage=False, logprobs=asked)
-        told = shape.whole([done])["choices"][0]["logprobs"]
+        told = shape.whole([done]).as_json()["choices"][0]["logprobs"]
         assert (told is None) is not asked
         assert not told or not told.get("content", told.get("tokens"))

@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from loralab.errors import ConfigError, DataError
-from loralab.serving.engine import Engine
 from loralab.serving.logits import LogitsProcessor
 from loralab.serving.request import Sampling
 from loralab.serving.sampling import SamplerState, choose_tokens
+from loralab.serving.text_engine import TextEngine
 
 WORDS = 12
 IDS = st.lists(st.integers(0, WORDS - 1), max_size=10)
@@ -113,7 +113,7 @@ def test_a_wrong_value_is_named(field: str, value: Any) -> None:
     assert error.value.field == field
 
 
-def test_a_mixed_batch_writes_what_generate_writes(opened: Callable[..., Engine], world: World) -> None:
+def test_a_mixed_batch_writes_what_generate_writes(opened: Callable[..., TextEngine], world: World) -> None:
     model, engine = world.solo("lora"), opened()
     prompt, new = [5, 9, 5, 31, 9], 12
     plain = Sampling(max_tokens=new, temperature=0, ignore_eos=True)
@@ -142,7 +142,7 @@ def test_a_mixed_batch_writes_what_generate_writes(opened: Callable[..., Engine]
     assert len(set(found)) == 3
 
 
-def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(opened: Callable[..., Engine]) -> None:
+def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(opened: Callable[..., TextEngine]) -> None:
     engine, prompt = opened(), [5, 9, 5, 31, 9]
     plain = Sampling(max_tokens=12, temperature=0, ignore_eos=True)
     whole = engine.generate([prompt], adapters=["lora"], sampling=plain)[0]
@@ -159,7 +159,7 @@ def test_a_stop_token_ends_an_answer_and_is_not_part_of_it(opened: Callable[...,
 
 
 @pytest.mark.parametrize("field", ["logit_bias", "stop_token_ids"])
-def test_tokens_that_the_model_does_not_know_are_refused(field: str, opened: Callable[..., Engine]) -> None:
+def test_tokens_that_the_model_does_not_know_are_refused(field: str, opened: Callable[..., TextEngine]) -> None:
     given: Any = {10**6: 1.0} if field == "logit_bias" else (10**6,)
     with pytest.raises(DataError) as error:
         opened().submit([5], adapter=None, sampling=Sampling(**{field: given}))

@@ -17,9 +17,9 @@ from serving.conftest import World
 from serving.talk import talk
 
 from loralab.errors import ConfigError
-from loralab.serving.api import build_app
-from loralab.serving.keys import Key
-from loralab.serving.listener import address, open_socket
+from loralab.serving.http.app import build_app
+from loralab.serving.http.keys import Key
+from loralab.serving.http.server import address, open_socket
 from loralab.serving.replicas import ReplicaPlan, app, call_app, merged_outcome, model_in, running
 from loralab.serving.settings import Limits, ServeSettings
 

@@ -7,7 +7,7 @@ from serving.vocabularies import byte_level
 from torch import nn
 
 from loralab.models.load import Base
-from loralab.serving.adapter_info import AdapterInfo
+from loralab.serving.adapters.info import AdapterInfo
 from loralab.serving.request import Sampling
 from loralab.serving.request_builder import RequestBuilder
 

@@ -18,11 +18,11 @@ from serving.test_constraints import END, KNOWN, noise, odd, written
 from serving.vocabularies import byte_level
 
 from loralab.errors import ConfigError
-from loralab.serving.engine import Engine
 from loralab.serving.request import Delta
+from loralab.serving.text_engine import TextEngine
 from loralab.serving.tool_calls import HERMES, LLAMA, MISTRAL, ToolFormat, ToolParser, ToolStream, format_of
 
-Open = Callable[..., Engine]
+Open = Callable[..., TextEngine]
 WEATHER = {
     "type": "object",
     "properties": {"town": {"type": "string", "maxLength": 8}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -65,6 +65,13 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
         "Let me see. ",
         [("weather", {}), ("time.now", {})],
     ),
+    (  # cut short by max_tokens
+        "hermes",
+        '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "time.n',
+        "",
+        [("weather", {})],
+    ),
+    ("hermes", '<tool_call>\n{"name": "weather", "arg', "", []),
     ("hermes", '<tool_call>{"name": "nobody", "arguments": {}}</tool_call>', "", []),
     ("hermes", "<tool_call>{broken</tool_call>", "", []),
     ("llama3", '{"name": "weather", "parameters": {"days": 1}}', "", [("weather", {"days": 1})]),
@@ -174,7 +181,7 @@ def test_a_schema_of_a_tool_that_does_not_compile_is_refused() -> None:
 
 
 @pytest.fixture
-def engine(opened: Open, byte_world: World) -> Engine:
+def engine(opened: Open, byte_world: World) -> TextEngine:
     engine = opened(of=byte_world)
     engine.start()
     return engine
@@ -195,7 +202,7 @@ def checked(calls: Sequence[Any]) -> None:
             jsonschema.validate(json.loads(call.function.arguments), WEATHER)
 
 
-def test_the_openai_client_calls_tools(engine: Engine) -> None:
+def test_the_openai_client_calls_tools(engine: TextEngine) -> None:
     options: Any = {"model": "lora", "tools": TOOLS, "max_tokens": 600, "temperature": 1.2, "seed": 4}
     turns: Any = [{"role": "user", "content": "weather?"}]
     named: Any = {"type": "function", "function": {"name": "weather"}}
@@ -217,7 +224,7 @@ def test_the_openai_client_calls_tools(engine: Engine) -> None:
         assert again.message.content is not None
 
 
-def test_tools_reach_the_template_unless_none_may_be_called(engine: Engine) -> None:
+def test_tools_reach_the_template_unless_none_may_be_called(engine: TextEngine) -> None:
     plain = chat(engine)["usage"]["prompt_tokens"]
     told = chat(engine, tools=TOOLS)["usage"]["prompt_tokens"]
     assert told > plain
@@ -251,7 +258,7 @@ def test_tools_reach_the_template_unless_none_may_be_called(engine: Engine) -> N
         ),
     ],
 )
-def test_wrong_tools_are_named(fields: Any, param: str, engine: Engine) -> None:
+def test_wrong_tools_are_named(fields: Any, param: str, engine: TextEngine) -> None:
     error = chat(engine, 400, **fields)["error"]
     assert (error["param"] or "").startswith(param)
 

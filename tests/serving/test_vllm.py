@@ -61,7 +61,7 @@ def asked(python: str, store: Path, **more: Any) -> VllmOptions:
 
 
 def free_port() -> int:
-    from loralab.serving.listener import open_socket
+    from loralab.serving.http.server import open_socket
 
     with open_socket("127.0.0.1", 0) as opened:
         return int(opened.getsockname()[1])

@@ -16,7 +16,7 @@ from loralab.studies.figures import drawn
 from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
 from loralab.studies.report import markdown_table
-from loralab.studies.runner import walk
+from loralab.studies.search import walk
 from loralab.studies.study import Answer, Arm, Record, StudySetup, Trial
 from loralab.studies.trained import measured
 from loralab.studies.wording import LANGUAGES, catalogue, say
@@ -57,7 +57,7 @@ def here() -> Here:
 
     def run(setup: StudySetup, folder: Path) -> list[Record]:
         arms, invalid, _ = prepare(setup, None)
-        able = [Arm(**arm) for arm in arms if arm["name"] not in invalid]
+        able = [arm for arm in arms if arm.name not in invalid]
 
         def obtain(trial: Trial) -> Record:
             place = store.place_of(folder, trial)

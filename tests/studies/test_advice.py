@@ -82,3 +82,28 @@ def test_nothing_is_recommended_where_no_arm_beats_the_base() -> None:
     found = first_page(section("rank", setup("rank"), records))
     assert found.sentence == Message("ranking.nothing")
     assert found.command == ""
+
+
+def test_what_is_not_decided_is_not_recommended_and_says_what_would_decide_it() -> None:
+    """Let one seed tell too little: the default stays, and a command with more seeds is given first."""
+    draw = [*base(), *planted("r=8", GOOD, seeds=1, rank=8), *planted("r=16", GOOD[::-1], seeds=1, rank=16)]
+    found = first_page(section("rank", replace(setup("rank"), seeds=1, quick=True), draw, "here"))
+    assert (found.verdict, found.title.key) == ("undecided", "page.not_decided")
+    assert "page.kept" in keys_in(found.sentence)
+    words = shlex.split(found.decide)
+    assert "--quick" not in words
+    assert int(words[words.index("--seeds-max") + 1]) > 1
+    assert words[words.index("--output-dir") + 1] == "here-longer"
+    assert message_in(found.sentence, "page.whole").values.keys() >= {"regret", "probability"}
+
+
+def test_arms_that_say_the_commonest_label_are_not_recommended() -> None:
+    """Let the untrained model be worse still: labels without a meaning have a commonest one all the same."""
+    records = [*base(), *planted("r=8", FAIR, rank=8), *planted("r=16", FAIR, rank=16)]
+    records = [replace(r, items={**r.items, "majority": FAIR}) for r in records if r.arm.name != "base"] + base()
+    shown = section("rank", setup("rank"), records)
+    assert shown.answer.ranking.recommended is None
+    assert "ranking.nothing_learnt" in keys_in(shown.answer.sentence)
+    assert not any(finding.holds for finding in shown.answer.findings)
+    better = [replace(r, items={**r.items, "majority": [1.0, 0.0] * 100}) for r in records if r.arm.name != "base"]
+    assert section("rank", setup("rank"), [*base(), *better]).answer.ranking.recommended is not None

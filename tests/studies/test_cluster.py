@@ -17,9 +17,11 @@ from studies.outcomes import results
 from loralab.cluster import joined, require_reachable
 from loralab.errors import ConfigError
 from loralab.studies import store
-from loralab.studies.away import RemoteResult
-from loralab.studies.cluster import LOCAL_ONLY, can_run_remotely, received
-from loralab.studies.study import DONE, FAILED, Arm, Trial
+from loralab.studies.away import RemoteResult, measure_here
+from loralab.studies.cluster import LOCAL_ONLY, Cluster, received
+from loralab.studies.executor import Here
+from loralab.studies.runner import session
+from loralab.studies.study import DONE, FAILED, Arm, Record, Trial
 
 # Ray's own test cluster leaves files and processes to the garbage collector
 pytestmark = [
@@ -77,14 +79,35 @@ def test_what_reads_other_trials_or_takes_times_stays_at_home() -> None:
 
 
 def test_what_cannot_be_measured_is_a_record_that_says_why(tmp_path: Path) -> None:
-    setup = setup_of("grid", tmp_path, tmp_path)
-    trial = Trial(measure="m:f", setup=setup, arm=Arm(name="x"), seed=0)
-    assert can_run_remotely(trial)
-    place, log = store.place_of(tmp_path, trial), tmp_path / store.LOG
+    trial = Trial(measure="m:f", setup=setup_of("grid", tmp_path, tmp_path), arm=Arm(name="x"), seed=0)
+    assert Cluster.accepts(trial)
+    place = store.place_of(tmp_path, trial)
     back = RemoteResult(node="n1", reason="there is no model (on node n1)", log="a traceback")
-    assert received(trial, back, place, log).status == FAILED
-    assert store.read(tmp_path, trial) == received(trial, back, place, log)
-    assert "n1" in log.read_text(encoding="utf-8")
+    with session(tmp_path) as own:
+        record = own.settle(trial, received(back, place))
+    assert (record.status, record.reason) == (FAILED, back.reason)
+    assert store.read(tmp_path, trial) == record
+    assert "n1" in (tmp_path / store.LOG).read_text(encoding="utf-8")
+
+
+def test_what_comes_back_is_put_whole_into_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Trial(measure="m:f", setup=setup_of("grid", tmp_path, tmp_path), arm=Arm(name="x"), seed=0)
+
+    def measure(here: Here, trial: Trial, place: Path, tell: object) -> str:
+        (place / "run").mkdir()
+        (place / "run" / "kept").write_text("a run", encoding="utf-8")
+        store.write(place, trial, Record(arm=trial.arm, seed=0, numbers={"score": 0.5}), 3.0)
+        return ""
+
+    monkeypatch.setattr(Here, "measure", measure)
+    place = store.place_of(tmp_path, trial)
+    (place / "run").mkdir(parents=True)  # a start that did not come to its end
+    (place / "run" / "half").touch()
+    assert received(measure_here(trial, 1), place) == ""
+    record = store.read(tmp_path, trial)
+    assert record is not None
+    assert (record.numbers, record.seconds, set(record.texts)) == ({"score": 0.5}, 3.0, {"node"})
+    assert [file.name for file in (place / "run").iterdir()] == ["kept"]
 
 
 # -- with one ------------------------------------------------------------------------------------

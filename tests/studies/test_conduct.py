@@ -4,8 +4,8 @@ import json
 import math
 import random
 import shutil
+import time
 import tomllib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from loralab.cli import run
 from loralab.errors import ConfigError, InputError, OutputError, RunError
 from loralab.studies import catalog, conduct, store
 from loralab.studies.conduct import _own, recommend, study
+from loralab.studies.executor import Done, Here, ended
 from loralab.studies.fields import configured
-from loralab.studies.halving import _one_of_each_rate, plan_for
+from loralab.studies.halving import plan_for, survivors
 from loralab.studies.prepare import prepare, question_module
 from loralab.studies.runner import Session
-from loralab.studies.study import Arm, StudyOptions, StudySetup, parse_seconds
+from loralab.studies.study import DIVERGED, Arm, Record, StudyOptions, StudySetup, parse_seconds
 
 
 def grid(tmp_path: Path, text: str) -> Path:
@@ -98,12 +99,11 @@ def test_a_study_goes_on_with_the_rows_and_the_base_that_it_was_begun_with(
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
     setup = setup_of("rank", model, data)
 
-    def told(own: Session, job: dict[str, Any]) -> Any:
-        """Yield what a worker would say."""
-        arms, invalid, facts = prepare(setup, [Arm(name="a", fields={"rank": 1})])
-        yield {"kind": "arms", "arms": arms, "invalid": invalid, "facts": facts}
+    def run(here: Here, job: Any, setup: StudySetup, *rest: Any, tell: Any) -> Done:
+        """Return what another process would."""
+        return Done(value=prepare(setup, [Arm(name="a", fields={"rank": 1})]))
 
-    monkeypatch.setattr(Session, "_do", told)
+    monkeypatch.setattr(Here, "run", run)
     own = Session(tmp_path / "out", math.inf)
     for _ in range(2):
         assert [arm.name for arm in own.prepare(setup)] == ["a"]
@@ -186,6 +186,25 @@ def test_more_time_means_more_candidates_and_never_less_than_three() -> None:
     assert plan_for(0.1, (2.0, 3.0), 10, 60)[1] < 60
 
 
+def test_every_whole_run_has_the_time_of_its_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = catalog.search_setup(StudyOptions(model="m", data="d", steps=60))
+    planned: list[tuple[float, float]] = []
+
+    def plan(a_step: float, overheads: tuple[float, float], budget: float, steps: int) -> tuple[int, int]:
+        planned.append(overheads)
+        return 3, steps
+
+    monkeypatch.setattr("loralab.studies.halving.plan_for", plan)
+    for once, general in ((0.0, 0.0), (17.0, 7.0)):
+        times = {"step_seconds": 0.1, "row_seconds": 0.01, "forgetting_seconds": once, "general_seconds": general}
+        probe = Record(arm=Arm(name="probe"), seed=0, seconds=20.0 + once, numbers=times)
+        monkeypatch.setattr(Session, "obtain", lambda own, trial, probe=probe: probe)
+        conduct._sized(Session(tmp_path, math.inf), setup, 600.0, time.monotonic())
+    (short, whole), (same, longer) = planned
+    assert same == pytest.approx(short)  # a short run measures none
+    assert longer == pytest.approx(whole + 7)
+
+
 @pytest.fixture(scope="module")
 def easy_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write texts whose label is their first word."""
@@ -242,17 +261,15 @@ WORDS = {"vision": "the pictures are not here; get them with: X", "merge": "the 
 
 @pytest.fixture
 def partly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Fake workers that prepare all questions but two, and runs that leave nothing; return what was told."""
+    """Fake processes that prepare all questions but two, and runs that leave nothing; return what was told."""
     seen: list[dict[str, Any]] = []
 
-    def told(own: Session, job: dict[str, Any]) -> Any:
-        name = job["ground"]["study"]
-        if name in WORDS:
-            yield {"kind": "error", "text": WORDS[name], "known": name == "vision"}
-        else:
-            yield {"kind": "arms", "arms": [asdict(Arm(name="a", fields={"rank": 1}))], "invalid": {}, "facts": {}}
+    def run(here: Here, job: Any, setup: StudySetup, *rest: Any, tell: Any) -> Done:
+        if setup.study in WORDS:
+            return Done(reason=WORDS[setup.study], known=setup.study == "vision")
+        return Done(value=([Arm(name="a", fields={"rank": 1})], {}, {}))
 
-    monkeypatch.setattr(Session, "_do", told)
+    monkeypatch.setattr(Here, "run", run)
     monkeypatch.setattr(Session, "run", lambda own, setup, arms: seen.append({"kind": "run", "study": setup.study}))
     monkeypatch.chdir(tmp_path)
     return seen
@@ -299,7 +316,7 @@ def test_the_command_line_ends_with_1_where_a_study_could_not_run(
 
 
 def test_a_worker_that_was_killed_while_it_prepared_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Session, "_do", lambda own, job: iter([{"kind": "exit", "code": -9}]))
+    monkeypatch.setattr(Here, "run", lambda *_, tell: Done(reason=ended(-9), died=True))
     with pytest.raises(RunError) as error:
         Session(tmp_path, math.inf).prepare(StudySetup(study="rank", model="m", data="d"))
     assert error.value.code == "ended"
@@ -342,4 +359,6 @@ def test_candidates_go_on_in_turns_over_their_rates() -> None:
         Arm(name=f"{n}", fields={"method": "lora", "learning_rate": rate})
         for n, rate in enumerate([5e-3] * 3 + [5e-4, 1.6e-3])
     ]
-    assert [arm.name for arm in _one_of_each_rate(setup, arms)] == ["0", "3", "4", "1", "2"]
+    ran = [(arm, Record(arm=arm, seed=0, numbers={"validation_loss": float(n)})) for n, arm in enumerate(arms)]
+    ran.insert(1, (Arm(name="lost"), Record(arm=Arm(name="lost"), seed=0, status=DIVERGED)))
+    assert [arm.name for arm in survivors(setup, ran)] == ["0", "3", "4", "1", "2"]

@@ -13,6 +13,7 @@ from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterStateError, ConfigError, InputError
 from loralab.studies import conduct
 from loralab.studies.conduct import Outcome, recommend, study
+from loralab.studies.executor import Done, Here
 from loralab.studies.prepare import prepare
 from loralab.studies.runner import Session
 from loralab.studies.study import Arm, StudySetup
@@ -31,13 +32,12 @@ def test_a_study_of_objects_finds_them_in_its_folder(
     }
     setups: list[StudySetup] = []
 
-    def told(own: Session, job: dict[str, Any]) -> Any:
-        """Yield what a worker would say."""
-        setups.append(StudySetup.of(job["ground"]))
-        arms, invalid, facts = prepare(setups[-1], [Arm(name="a", fields={"rank": 1})])
-        yield {"kind": "arms", "arms": arms, "invalid": invalid, "facts": facts}
+    def run(here: Here, job: Any, setup: StudySetup, *rest: Any, tell: Any) -> Done:
+        """Return what another process would."""
+        setups.append(setup)
+        return Done(value=prepare(setup, [Arm(name="a", fields={"rank": 1})]))
 
-    monkeypatch.setattr(Session, "_do", told)
+    monkeypatch.setattr(Here, "run", run)
     monkeypatch.setattr(Session, "run", lambda *_: None)
     monkeypatch.setattr(conduct, "report", lambda folder, language: Outcome(folder=folder, answers={}, skipped={}))
     for _ in range(2):

@@ -138,7 +138,7 @@ def test_an_arm_that_never_ran_is_shown_as_such(study_folder: Path, tmp_path: Pa
     (store.place_of(study_folder, trial) / store.RECORD).unlink()
     answer = report(study_folder).answers["rank"]
     html = (study_folder / "report.html").read_text(encoding="utf-8")
-    assert "missing: not run yet" in html
+    assert say(Message("answer.missing", reason=Message("answer.not_run")), "en") in html
     assert "r=2" not in [label for label, _ in answer.blanks]
     assert replace(gone) == gone
 

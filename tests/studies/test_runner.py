@@ -1,5 +1,6 @@
 """A study goes on where it was, in one process at a time, and every trial stands alone."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -15,10 +16,10 @@ from hostile.crash import Victim
 from studies.conftest import setup_of
 from studies.outcomes import results
 
-from loralab.errors import ConfigError, OutputError, RunError
+from loralab.errors import ConfigError, OutputError
 from loralab.studies import store
 from loralab.studies.conduct import _require_place
-from loralab.studies.forked import Worker
+from loralab.studies.executor import Here
 from loralab.studies.runner import BUDGET, session
 from loralab.studies.study import DIVERGED, DONE, FAILED, MISSING, Arm, Record, Trial
 from loralab.studies.trained import MEASURE, measured
@@ -110,14 +111,16 @@ def test_what_went_wrong_is_said_although_nothing_can_be_removed(
         raise OutputError("the first error")
 
 
-def test_a_finished_cell_is_never_run_again(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
+def test_a_finished_cell_is_never_run_again(
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     setup = setup_of("grid", tiny_bert_folder, noise_file, seeds=1)
     arm = Arm(name="r=2", fields={"rank": 2}, tuned=False)
     trial = Trial(measure="none:none", setup=setup, arm=arm, seed=0)
     store.write(store.place_of(tmp_path, trial), trial, Record(arm=arm, seed=0), 1.0)
+    monkeypatch.setattr(Here, "run", None)
     with session(tmp_path) as own:
         assert own.obtain(trial).status == DONE  # a measure that does not exist was not asked
-        assert own._worker is None
 
 
 def test_what_does_not_fit_the_budget_is_left_out_and_said(
@@ -132,7 +135,7 @@ def test_what_does_not_fit_the_budget_is_left_out_and_said(
 
 
 def test_a_cell_that_dies_is_a_record_and_the_next_one_runs(
-    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path
+    tmp_path: Path, tiny_bert_folder: Path, noise_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = setup_of("grid", tiny_bert_folder, noise_file, seeds=1)
     module = tmp_path / "dying.py"
@@ -143,13 +146,12 @@ def test_a_cell_that_dies_is_a_record_and_the_next_one_runs(
         "def well(trial, folder, tell): return Record(arm=trial.arm, seed=trial.seed)\n",
         encoding="utf-8",
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(tmp_path))
-        with session(tmp_path / "study") as own:
-            found = [
-                own.obtain(Trial(measure=f"dying:{name}", setup=setup, arm=Arm(name=name), seed=0))
-                for name in ("killed", "broken", "well")
-            ]
+    monkeypatch.syspath_prepend(tmp_path)
+    with session(tmp_path / "study") as own:
+        found = [
+            own.obtain(Trial(measure=f"dying:{name}", setup=setup, arm=Arm(name=name), seed=0))
+            for name in ("killed", "broken", "well")
+        ]
     assert [record.status for record in found] == [FAILED, FAILED, DONE]
     assert "memory" in found[0].reason
     assert "ZeroDivisionError" in found[1].reason
@@ -161,25 +163,24 @@ def test_the_worker_ends_with_its_parent(tmp_path: Path, own_study: Path) -> Non
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not list((tmp_path / "study").glob("runs/*")):
         time.sleep(0.1)
-    children = subprocess.run(
-        ["pgrep", "-P", str(running.pid)], capture_output=True, text=True, check=False
-    ).stdout.split()
+    trials = printing_to(tmp_path / "study" / store.LOG)
     running.kill()
     running.communicate()
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and any(alive(int(pid)) for pid in children):
+    while time.monotonic() < deadline and printing_to(tmp_path / "study" / store.LOG):
         time.sleep(0.1)
-    assert children
-    assert not any(alive(int(pid)) for pid in children)
+    assert trials
+    assert not printing_to(tmp_path / "study" / store.LOG)
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    state = Path(f"/proc/{pid}/stat")
-    return not state.exists() or state.read_text().split()[2] != "Z"
+def printing_to(log: Path) -> list[int]:
+    """Return the processes whose standard output is a file."""
+    found = []
+    for stream in Path("/proc").glob("[0-9]*/fd/1"):
+        with contextlib.suppress(OSError):
+            if stream.readlink() == log:
+                found.append(int(stream.parts[2]))
+    return found
 
 
 def test_other_settings_in_the_same_folder_are_refused(
@@ -268,33 +269,3 @@ def test_the_commands_that_an_error_proposes_can_be_typed(tmp_path: Path) -> Non
     with pytest.raises(OutputError) as error:
         _require_place(folder, resume=False)
     assert f"loralab report {shlex.quote(str(folder))}, " in str(error.value)
-
-
-def worker_of(process: "subprocess.Popen[str]", folder: Path) -> Worker:
-    """Put some process in the worker's place."""
-    worker = Worker(folder / "log")
-    worker._process = process
-    return worker
-
-
-def test_a_worker_that_is_gone_is_an_error(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
-    setup = setup_of("grid", tiny_bert_folder, noise_file, seeds=1)
-    gone = subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    gone.wait()
-    with session(tmp_path / "study") as own:
-        own._worker = worker_of(gone, tmp_path)
-        with pytest.raises(RunError, match="worker of the study has ended"):
-            own.obtain(Trial(measure=MEASURE, setup=setup, arm=Arm(name="x"), seed=0))
-        assert gone.stdin is not None
-        with pytest.raises(BrokenPipeError):
-            gone.stdin.close()
-
-
-def test_half_a_line_of_a_killed_child_is_passed_over(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
-    setup = setup_of("grid", tiny_bert_folder, noise_file, seeds=1)
-    said = '{"kind": "st\n{"kind": "exit", "code": -9}\n'
-    half = subprocess.Popen(["printf", "%s", said], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with session(tmp_path / "study") as own:
-        own._worker = worker_of(half, tmp_path)
-        found = own.obtain(Trial(measure=MEASURE, setup=setup, arm=Arm(name="x"), seed=0))
-    assert "memory ran out" in found.reason

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+from loralab.studies.rates import RATIO, Run, grid, next_runs, rounded, settled, with_rate
 from loralab.studies.search import tune
 from loralab.studies.study import DIVERGED, Arm, Record, StudySetup, Trial
 
@@ -31,6 +32,18 @@ def losses(of: Callable[[float, int], float], noise: float = 0.0) -> Callable[[T
 
 def bowl(best: float) -> Callable[[float, int], float]:
     return lambda factor, seed: 1 + abs(math.log(factor / best))
+
+
+def test_rules_ask_for_the_grid_at_once_then_for_its_edge_for_whole_runs_and_for_each_seed() -> None:
+    measure, first, runs, asked = losses(bowl(10.0)), grid(SETUP, ARM), dict[Run, Record](), list[list[Run]]()
+    while step := next_runs(runs, first, 2):
+        asked.append(step)
+        for run in step:
+            runs[run] = measure(Trial(measure="m", setup=SETUP, arm=with_rate(ARM, run.rate), seed=run.seed))
+    edge = rounded(10 * USUAL * RATIO)
+    assert asked[0] == [Run(rate, short=True) for rate in first]
+    assert asked[1:] == [[Run(edge, short=True)], [Run(10 * USUAL), Run(edge)], [Run(10 * USUAL, seed=1)]]
+    assert settled(runs, 2) == (10 * USUAL, None)
 
 
 def test_a_best_rate_at_the_edge_extends_the_grid() -> None:

@@ -6,23 +6,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loralab.studies.statistics import bootstrap_variance, difference, mean_interval, monotone, reaches
+from loralab.studies.statistics import bootstrap_variance, difference, monotone, reaches
 
 
 def drawn(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def test_a_mean_has_students_interval() -> None:
-    values = [0.71, 0.74, 0.70, 0.77]
-    found = mean_interval(values)
-    low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
-    assert found.low == pytest.approx(low)
-    assert found.high == pytest.approx(high)
-
-
 def test_one_value_has_no_interval() -> None:
-    assert mean_interval([0.5]).low is None
     assert not difference([[0.5]], [[0.1]], generator=drawn(0)).holds
 
 

@@ -81,7 +81,6 @@ def test_rows_that_are_all_good_are_learnt(tmp_path: Path) -> None:
 # refused
 
 EVERYWHERE = [
-    ("tools", [{"type": "function"}]),
     ("available_functions", "f"),
     ("toolCalls", "f"),
     ("weight", 0),
@@ -114,8 +113,9 @@ def test_a_column_that_changes_the_meaning_is_refused_by_name(
     rows = [row, row | {column: value}]
     error = refused_rows(tmp_path, rows)
     assert (error.code, error.field) == ("unsupported_column", column)
-    (mapping,) = proposed(error)
+    mapping, *read = proposed(error)
     assert mapping == {column: ""}
+    assert read == ([{"tools": column}] if column == "available_functions" and row in (CHAT, ASKED, TOLD) else [])
     found = table(tmp_path, rows, mapping)
     assert found.splits["train"] == [row, row] and found.notes == (f"not used: {column}",)
 
@@ -135,9 +135,7 @@ def test_a_column_that_changes_the_meaning_is_refused_by_name(
         ("reward", 3),
         ("is_correct", False),
         ("accepted", "no"),
-        ("system", "be brief"),
         ("system_prompt", "be brief"),
-        ("history", [["a", "b"]]),
         ("chat_history", "a"),
         ("context", "a"),
         ("documents", ["a"]),
@@ -145,7 +143,7 @@ def test_a_column_that_changes_the_meaning_is_refused_by_name(
         ("choices", ["a", "b"]),
         ("sys", "be brief"),
         ("instructions", "be brief"),
-        ("chat_template_kwargs", {"enable_thinking": True}),
+        ("chat_template", "{{ messages }}"),
         ("desirable", False),
         ("stars", 1),
         ("verdict", "wrong"),
@@ -174,10 +172,11 @@ def test_another_part_of_the_question_is_refused(row: dict[str, Any], column: st
 
 
 def test_all_refused_columns_are_left_out_by_one_option(tmp_path: Path) -> None:
-    row = TOLD | {"chosen": "a", "rejected": "b", "system": "c"}
-    (mapping,) = proposed(refused_rows(tmp_path, [row]))
-    assert mapping == {"chosen": "", "rejected": "", "system": ""}
+    row = TOLD | {"chosen": "a", "rejected": "b", "sys": "c"}
+    mapping, read = proposed(refused_rows(tmp_path, [row]))
+    assert mapping == {"chosen": "", "rejected": "", "sys": ""}
     assert table(tmp_path, [row], mapping).splits["train"] == [TOLD]
+    assert read == {"system": "sys"}
 
 
 def test_preferences_offer_the_better_answer_alone(tmp_path: Path) -> None:
@@ -226,9 +225,9 @@ def test_texts_are_no_labels_and_numbers_are_no_answers(tmp_path: Path) -> None:
     long = [{"text": f"text {n}", "summary": f"another text {n}"} for n in range(30)]
     assert [sorted(m) for m in proposed(refused_rows(tmp_path, long))] == [["completion", "prompt"], ["summary"]]
     stars = [{"text": f"text {n}", "stars": n % 5} for n in range(30)]
-    assert [sorted(m) for m in proposed(refused_rows(tmp_path, stars))] == [["label"], ["stars"]]
-    score = [{"text": f"text {n}", "score": n / 7} for n in range(30)]
-    assert proposed(refused_rows(tmp_path, score)) == [{"score": ""}]
+    assert [sorted(m) for m in proposed(refused_rows(tmp_path, stars))] == [["label"], ["score"], ["stars"]]
+    share = [{"text": f"text {n}", "share": n / 7} for n in range(30)]
+    assert proposed(refused_rows(tmp_path, share)) == [{"score": "share"}, {"share": ""}]
 
 
 def test_a_question_beside_a_text_makes_the_text_the_answer(tmp_path: Path) -> None:
@@ -243,7 +242,7 @@ def test_identifiers_are_not_asked_about_unless_many_rows_share_one(tmp_path: Pa
     assert refused_rows(tmp_path, rows).field == "group_id"
 
 
-@pytest.mark.parametrize("name", ["score", "similarity", "relatedness", "is_duplicate", "gold"])
+@pytest.mark.parametrize("name", ["similarity", "relatedness", "is_duplicate", "gold"])
 @pytest.mark.parametrize("values", [(0.0, 4.5), (0.0, 1.0), (0, 1), ("0.5", "1.5"), ("a", "b")])
 def test_pairs_are_never_all_alike_where_something_tells_them_apart(
     name: str, values: tuple[object, object], tmp_path: Path
@@ -252,12 +251,9 @@ def test_pairs_are_never_all_alike_where_something_tells_them_apart(
     error = refused_rows(tmp_path, rows)
     assert (error.code, error.field) == ("unclear_column", name)
     whole = not {str(value) for value in values} & {"0.5", "1.5", "4.5"}
-    assert proposed(error) == [*([{"label": name}] if whole else []), {name: ""}]
-
-
-def test_a_pair_with_an_amount_as_label_is_refused(tmp_path: Path) -> None:
-    error = refused_rows(tmp_path, [PAIRED | {"label": 0.0}, PAIRED | {"label": 2.5}])
-    assert (error.code, error.field) == ("label_is_a_number", "label")
+    ways = [{"label": name}] if whole else []
+    ways += [] if values == ("a", "b") else [{"score": name}]
+    assert proposed(error) == [*ways, {name: ""}]
 
 
 # columns of other names

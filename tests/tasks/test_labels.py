@@ -92,9 +92,10 @@ def test_whole_numbers_and_names_are_classes(labels: list[str]) -> None:
     assert labels_of(labels) == labels
 
 
-def test_an_amount_is_refused_in_every_kind_of_file(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text,label\na,3.5\nb,4\n", encoding="utf-8")
-    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 3.5}\n', encoding="utf-8")
+def test_an_amount_beside_a_name_is_refused_in_every_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,3.5\nb,4\nc,many\n", encoding="utf-8")
+    rows = ['{"text": "a", "label": "3.5"}', '{"text": "b", "label": "4"}', '{"text": "c", "label": "many"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     for name in ("a.csv", "a.jsonl"):
         assert refused(tmp_path / name).code == "label_is_a_number"
 

@@ -25,9 +25,6 @@ def answered(**fields: Any) -> dict[str, Any]:
         {"function_call": None},
         {"reasoning_content": ""},
         {"thinking": None},
-        {"weight": 1},
-        {"weight": 1.0},
-        {"train": True},
         {"mask": False},
         {"channel": "final"},
         {"images": []},
@@ -46,18 +43,8 @@ def test_a_field_without_effect_is_named_once(fields: dict[str, Any], tmp_path: 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tool_calls", [{"type": "function"}]),
-        ("function_call", {"name": "f"}),
         ("toolInvocations", ["f"]),
-        ("reasoning_content", "so"),
-        ("thinking", "so"),
-        ("reasoning", "so"),
-        ("weight", 0),
-        ("weight", 0.5),
-        ("train", False),
-        ("loss", 0),
         ("mask", True),
-        ("loss_mask", 0),
         ("ignore", True),
         ("channel", "analysis"),
         ("images", ["a.png"]),
@@ -92,9 +79,9 @@ def test_questions_may_be_marked_as_not_learnt_which_they_never_are(tmp_path: Pa
 
 
 def test_a_field_is_left_out_beside_what_was_typed_before(tmp_path: Path) -> None:
-    row = {"chat": answered(weight=0)["messages"]}
+    row = {"chat": answered(score=0)["messages"]}
     (mapping,) = proposed(refused_rows(tmp_path, [row], {"messages": "chat"}))
-    assert mapping == {"messages": "chat", "messages.weight": ""}
+    assert mapping == {"messages": "chat", "messages.score": ""}
     assert table(tmp_path, [row], mapping).splits["train"] == [CHAT]
 
 
@@ -104,7 +91,7 @@ def test_a_field_that_no_message_has_cannot_be_left_out(tmp_path: Path) -> None:
     assert "messages.name" in str(error)
 
 
-@pytest.mark.parametrize("role", ["tool", "developer", "function", "human", "User", None, 3])
+@pytest.mark.parametrize("role", ["ipython", "observation", "human", "User", None, 3])
 def test_other_roles_are_refused(role: object, tmp_path: Path) -> None:
     row = {"messages": [USER, {"role": role, "content": "a"}, ASSISTANT]}
     error = refused_rows(tmp_path, [row])
@@ -118,7 +105,7 @@ def test_other_roles_are_refused(role: object, tmp_path: Path) -> None:
         ("", "not_text"),
         (3, "not_text"),
         ([], "not_text"),
-        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "not_text"),
+        ([{"type": "text", "text": "a"}, {"type": "image"}], "not_text"),
         ([{"type": "image_url", "image_url": "a"}], "not_text"),
         ([{"type": "text", "text": "a", "weight": 0}], "not_text"),
         (["a"], "not_text"),
@@ -148,9 +135,9 @@ def test_shared_conversations_are_messages(tmp_path: Path) -> None:
     assert found.format == "messages"
     assert found.splits["train"] == [{"messages": [{"role": "system", "content": "s"}, USER, ASSISTANT]}]
     assert found.notes == ("not used: id, messages.id",)
-    error = refused_rows(tmp_path, [{"conversations": turns, "system": "s"}])
-    assert error.field == "system"
-    turns[1]["from"] = "observation"
+    error = refused_rows(tmp_path, [{"conversations": turns, "system": "t"}])
+    assert (error.code, error.field) == ("two_systems", "system")
+    turns[1]["from"] = "narrator"
     assert refused_rows(tmp_path, [{"conversations": turns}]).code == "unsupported_role"
     assert refused_rows(tmp_path, [{"conversations": ["a"]}]).code == "no_format"
     assert refused_rows(tmp_path, [{"text": "a", "conversations": ["a"]}]).code == "unclear_column"

@@ -153,7 +153,6 @@ def test_a_folder_brings_its_splits(write: Write, tmp_path: Path) -> None:
         ("a.csv", "text,label\na,x\n  ,x\nb,\n", "missing_value", "line 3"),
         ("a.json", '[{"text": "a"}, {"text": null}]', "missing_value", "row 2"),
         ("a.jsonl", '{"prompt": "a", "completion": 7}', "not_text", "line 1"),
-        ("a.jsonl", '{"text": "a", "label": 0.5}', "label_is_a_number", ""),
         ("a.jsonl", '{"text": "\\ud83d"}', "half_a_character", "line 1"),
         ("a.parquet", b"PAR1", "damaged_file", ""),
         ("a.csv", "review,stars\na,1\n", "no_format", ""),

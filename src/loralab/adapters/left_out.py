@@ -82,13 +82,20 @@ def describe_left_out(model: nn.Module, reasons: Mapping[str, str]) -> str:
 
 def _by_preset(model: nn.Module, preset: str) -> dict[str, str]:
     linear, unable, heads = linear_names(model), unable_names(model), outer_names(model)
-    towers = tower_of(model, [*linear, *unable], heads)
+    towers = tower_of(model, [*linear, *unable, *_with_matrices(model)], heads)
     found = {name: why for name, why in unable.items() if in_preset(model, preset, name)}
     if preset != "all-linear":
         inner = [name for name in linear if layer_number(f"{name}.") is not None]
         found |= {name: IN_NO_NETWORK for name in inner if not place_of(model, name)}
     found = {n: why for n, why in found.items() if n not in towers and not inside(n, heads)}
     return found | dict.fromkeys(towers.values(), TOWER)
+
+
+def _with_matrices(model: nn.Module) -> list[str]:
+    """Return the paths of modules that keep matrices: a tower may be joined on by one that is no layer."""
+    modules = [(name, module) for name, module in model.named_modules() if name]
+    plain = [(name, module) for name, module in modules if not isinstance(module, nn.Embedding)]
+    return [name for name, m in plain if any(p is not None and p.ndim >= 2 for p in m._parameters.values())]
 
 
 def _routers(model: nn.Module) -> list[str]:

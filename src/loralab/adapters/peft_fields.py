@@ -20,6 +20,10 @@ TASK_TYPES = {  # kind -> peft's name
     "sequence-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
     "sentence-encoder": "FEATURE_EXTRACTION",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "multi-label": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "reranker": "SEQ_CLS",
 }
 CLASSES = {  # what the name of a model's class says of it
     "ForCausalLM": "CAUSAL_LM",

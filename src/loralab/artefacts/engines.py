@@ -29,9 +29,9 @@ from loralab.artefacts.updates import ENDINGS, Update, is_uniform, updates
 from loralab.errors import ConfigError, ModelError, join_limited, nearest
 from loralab.models import load as models
 from loralab.models.gguf_blocks import LAYERS
-from loralab.models.kinds import CAUSAL
+from loralab.models.kinds import CAUSAL, SERVED
 
-EXPORT, MERGE, NONE = "export", "merge", "none"
+EXPORT, MERGE, NONE, UNSERVED = "export", "merge", "none", "unserved"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be, but for 1
 VLLM_DEFAULT_RANK = 16  # of vLLM, where nothing is said
 # language models of vLLM 0.32 that take no adapters, and those that take them on the embedding
@@ -137,7 +137,7 @@ def require(adapter: str | Path, target: str, model: Any) -> AdapterFolder:
     verdict = _checked(stored, target, model)
     if lasting := verdict.lasting:
         merged = any(one.remedy == MERGE for one in verdict.obstacles)
-        blocked = any(one.remedy == NONE for one in verdict.obstacles)
+        blocked = any(one.remedy in (NONE, UNSERVED) for one in verdict.obstacles)
         way = "; `loralab merge` writes a model that has it" if merged and not blocked else ""
         raise ConfigError(
             f"{adapter} cannot be written for {target}: {join_limited(lasting)}{way}",
@@ -228,7 +228,8 @@ def _vllm_base(stored: AdapterFolder, base_info: BaseInfo) -> list[Incompatibili
         found.append(Incompatibility(what=f"vLLM adapts no {base_info.architecture}", remedy=MERGE))
     kind = stored.record.get("base", {}).get("kind") or CAUSAL
     if kind != CAUSAL:
-        found.append(Incompatibility(what=f"the base is of kind {kind}, and no language model", remedy=NONE))
+        what = f"the base is of kind {kind}, and no language model"
+        found.append(Incompatibility(what=what, remedy=NONE if kind in SERVED else UNSERVED))
     return found
 
 

@@ -19,7 +19,8 @@ from loralab.models.kinds import HEADS, LOADERS
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
-from loralab.tasks.samples import VISION, patterns
+from loralab.tasks.kinds.registry import kind_named
+from loralab.tasks.samples import patterns
 
 Ids = Sequence[int]
 _SENTENCES = (
@@ -148,6 +149,6 @@ def sample_of(record: Mapping[str, Any], base: Base) -> list[list[int]]:
     """Return the task's own inputs that a run recorded, or some sentences."""
     if sample := record.get("sample"):
         return [list(ids) for ids in sample]
-    if base.kind == VISION:
+    if kind_named(base.kind).pictures:
         return [list(values) for values in patterns()]
     return [base.tokenizer(text)["input_ids"] for text in _SENTENCES]

@@ -121,8 +121,9 @@ def _write_model(live: LoadedAdapter, plain: Any, place: Path, kept: Mapping[str
     for file in place.iterdir():  # safetensors lets only its writer read: a server may be another
         file.chmod((place / "config.json").stat().st_mode)
     told: dict[str, Any] = {key: record[key] for key in ("task", "tokenizer", "sample") if key in record}
-    if "seed" in record.get("training", {}):  # tells which rows were held out
-        told["training"] = {"seed": record["training"]["seed"]}
+    # tells which rows were held out, and which of their answers were learnt
+    if stored := {name: v for name, v in record.get("training", {}).items() if name in ("seed", "learn", "thoughts")}:
+        told["training"] = stored
     if kept:
         told["retained"] = {name: round(share, 4) for name, share in kept.items()}
     base: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""merge, export, check, verify, inspect."""
+"""merge, export, check, verify, audit, inspect."""
 
 import shlex
 from pathlib import Path
@@ -11,6 +11,7 @@ from loralab.cli.arguments import Json, Model
 from loralab.cli.tables import print_json, print_table
 
 if TYPE_CHECKING:
+    from loralab.artefacts.audit.report import AuditReport
     from loralab.artefacts.comparison import Certificate
     from loralab.artefacts.engines import Verdict
     from loralab.artefacts.proof.report import MergeReport
@@ -102,6 +103,35 @@ def verify(
 
 
 @app.command()
+def audit(
+    adapter: AdapterPath,
+    base: Annotated[str | None, typer.Option(help="the base model; the one that the adapter names if left out")] = None,
+    engines: Annotated[str, typer.Option(help="whom to ask, with commas")] = "ours,peft,vllm,llama.cpp",
+    data: Annotated[
+        str | None, typer.Option(help="rows whose prompts are asked; the adapter's own if left out")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, that the engines compute in")] = "fp32",
+    output: Annotated[Path | None, typer.Option(help="a folder for audit.html and audit.json")] = None,
+    json_: Json = False,
+) -> None:
+    """Ask every engine that is installed for the same answers, and compare them with fp32 eager.
+
+    What rounding explains is measured on the same prompts. Exit code 0: all agree; 1: one does not;
+    2: the input is wrong; 3: an engine gave no answer, or the adapter does less than rounding.
+    """
+    from loralab.artefacts.audit.audit import audit as run_audit
+
+    names = [name.strip() for name in engines.split(",") if name.strip()]
+    report = run_audit(adapter, base=base, engines=names, data=data, precision=precision, output=output)
+    if json_:
+        print_json(report.to_json())
+    else:
+        _show_audit(report)
+    if not report.passed:
+        raise typer.Exit(1 if report.decided else 3)
+
+
+@app.command()
 def inspect(
     adapter: AdapterPath,
     other: Annotated[Path | None, typer.Argument(help="a second one, to compare with")] = None,
@@ -136,6 +166,20 @@ def _show_certificate(path: Path, certificate: "Certificate", as_json: bool) -> 
     )
 
 
+def _show_audit(report: "AuditReport") -> None:
+    word = "all agree" if report.passed else "NOT all agree" if report.decided else "not decided"
+    rows = [("compared", f"{report.prompts} prompts ({report.rows}), {report.positions} positions, with fp32 eager")]
+    for own in report.engines:
+        found, most, text = own.distance, own.allowed, own.verdict
+        if found is not None and most is not None:
+            text += f" in {own.precision}: mean KL {found.mean_kl:.1e} (at most {most.mean_kl:.1e}), worst "
+            text += f"{found.worst_kl:.1e} (at most {most.worst_kl:.1e}), same top answer {found.top1:.1%}"
+        rows.append((own.engine, f"{text}; {own.detail}" if own.detail else text))
+    rows.append(("without adapter", f"mean KL {report.without.mean_kl:.1e}, same top answer {report.without.top1:.1%}"))
+    rows += [("note", note) for note in report.notes]
+    print_table(f"{report.adapter}: {word}", rows)
+
+
 def _show_merge(report: "MergeReport") -> None:
     word = "proven" if report.passed else "NOT proven" if report.decided else "not decidable"
     rows = [("tensors", ", ".join(f"{count} {verdict}" for verdict, count in report.counts.items()))]
@@ -159,6 +203,7 @@ def _show_verdict(adapter: Path, verdict: "Verdict") -> None:
         "export": f"loralab export {quoted} FOLDER --to {verdict.target}",
         "merge": f"loralab merge {quoted} FOLDER, and serve the merged model",
         "none": "none; loralab serve has it",
+        "unserved": "none; loralab evaluate runs it",
     }
     rows = [("as it is", "yes" if verdict.as_it_is else "no")]
     rows += [(one.what, ways[one.remedy]) for one in verdict.obstacles]

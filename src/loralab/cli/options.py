@@ -5,6 +5,7 @@ so that what stands in a --config file is overridden only by what was typed.
 """
 
 import inspect
+import json
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -137,12 +138,21 @@ def _parsed(name: str, value: Any, configs: Sequence[Config]) -> Any:
     for option in options:
         origin, inner = get_origin(option), get_args(option)
         if origin is not None and issubclass(origin, Mapping):
-            return pairs(value, name, inner[1])
+            return pairs(value, name, _scalar if inner[1] is Any else inner[1])
     if value.lower() == "none" and type(None) in options:
         return None
     if any(get_origin(option) is tuple for option in options):
         return _listed(name, value, options)
     return value
+
+
+def _scalar(text: str) -> Any:
+    """Return the truth value or the number that a text spells, or the text."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, bool | int | float) else text
 
 
 def _listed(name: str, value: str, options: tuple[Any, ...]) -> Any:

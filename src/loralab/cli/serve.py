@@ -15,8 +15,8 @@ from loralab.errors import ConfigError
 from loralab.serving.settings import Limits, ServeSettings
 
 if TYPE_CHECKING:
-    from loralab.serving.api_service import ServerInfo
-    from loralab.serving.keys import Keys
+    from loralab.serving.http.keys import Keys
+    from loralab.serving.http.service import ServerInfo
 
 MAX_LISTED_ADAPTERS = 12  # adapters that are named at the start
 INSTALL = "pip install 'loralab[serve]'"
@@ -112,7 +112,7 @@ def _serve_replicas(
         raise ConfigError(
             "--replicas needs --ray: local, or the address of a Ray cluster", code="missing_option", field="ray"
         )
-    from loralab.serving.listener import address, open_socket, wait_for_signal
+    from loralab.serving.http.server import address, open_socket, wait_for_signal
     from loralab.serving.replicas import ReplicaPlan, running
 
     own = ReplicaPlan(**plan, keys=None if keys is None else keys.keys)
@@ -137,15 +137,19 @@ def _say_ready(found: "ServerInfo", where: str, with_keys: bool, as_json: bool) 
         print(f"left out: {name}: {reason}")
     for way, reason in found.slower.items():
         print(f"slower than it could be: no {way} step, as {reason}")
-    print(_example(found.kind, where, (adapters or [base])[0], with_keys), flush=True)
+    print(_example(found, where, (adapters or [base])[0], with_keys), flush=True)
 
 
-def _example(kind: str, where: str, model: str, with_keys: bool) -> str:
+def _example(found: "ServerInfo", where: str, model: str, with_keys: bool) -> str:
     """Return a command that asks something."""
     key = " -H 'Authorization: Bearer KEY'" if with_keys else ""
-    path, body = "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}
-    if kind != "causal-lm":
-        text: Any = {"image": "BASE64"} if kind == "image-classification" else "Hello"
-        path, body = "classify", {"input": text}
+    bodies: dict[str, Any] = {
+        "chat": {"messages": [{"role": "user", "content": "Hello"}]},
+        "classify": {"input": {"image": "BASE64"} if found.kind == "image-classification" else "Hello"},
+        "embeddings": {"input": "Hello"},
+        "score": {"text_1": "Hello", "text_2": "Good morning"},
+    }
+    what = next((what for what in bodies if what in found.capabilities), "classify")
+    path, body = "chat/completions" if what == "chat" else what, bodies[what]
     content = json.dumps({"model": model, **body}, ensure_ascii=False)
     return f"curl {where}/v1/{path}{key} -H 'Content-Type: application/json' -d '{content}'"

@@ -11,7 +11,7 @@ from loralab.errors import ConfigError
 from loralab.values import check_choice
 
 if TYPE_CHECKING:
-    from loralab.serving.store import AdapterInfo
+    from loralab.serving.adapters.store import AdapterInfo
 
 ENGINES = ("loralab", "vllm")
 OWN_ENGINE_OPTIONS = (
@@ -56,9 +56,9 @@ def serve_by_vllm(
     from loralab.models import load as models
     from loralab.models.kinds import CAUSAL
     from loralab.models.source import resolve
-    from loralab.serving.listener import address, open_socket
-    from loralab.serving.names import base_id
-    from loralab.serving.store import Store
+    from loralab.serving.adapters.names import base_id
+    from loralab.serving.adapters.store import Store
+    from loralab.serving.http.server import address, open_socket
     from loralab.serving.vllm import VllmOptions, run
 
     if (kind := models.natural_kind(model)) != CAUSAL:

@@ -19,7 +19,7 @@ from loralab.adapters.fingerprint import dtype_name
 from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import Certificate
 from loralab.artefacts.temporary_base import write_base
-from loralab.models.kinds import CAUSAL, CLASSIFIER, HEADS, SENTENCES, TAGGER, class_for
+from loralab.models.kinds import CAUSAL, CLASSIFIER, HEADS, SENTENCES, SEQ2SEQ, TAGGER, class_for
 from loralab.tasks.samples import SAMPLES, TOKENS
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -32,7 +32,7 @@ def kind_of_model(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     if config is None:
         return ""
-    kinds = (CAUSAL, CLASSIFIER, TAGGER, SENTENCES)
+    kinds = (CAUSAL, CLASSIFIER, TAGGER, SENTENCES, SEQ2SEQ)
     return next((kind for kind in kinds if class_for(config, kind) is type(model)), "")
 
 

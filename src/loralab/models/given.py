@@ -18,8 +18,11 @@ from loralab.errors import ConfigError, ModelError, format_value, join_limited
 from loralab.models import pictures
 from loralab.models.kinds import (
     CAUSAL,
+    CLASSIFIER,
     HEADS,
     KINDS,
+    LEARNERS,
+    SCORED_PAIRS,
     SENTENCES,
     TAGGER,
     VISION,
@@ -87,6 +90,16 @@ class Given:
             )
         return own
 
+    def kind_for(self, data_format: str, wanted: str | None = None) -> str:
+        """Return the kind for data of a format: of those that learn from it, one that this model's class is.
+
+        Empty where there is none, or where the model's own is it.
+        """
+        config = self._config
+        own = _kind(self.model, config, self.name)
+        alike = [kind for kind in LEARNERS.get(data_format, ()) if class_for(config, kind) is class_for(config, own)]
+        return wanted or ("" if own in alike or not alike else alike[0])
+
     def base(self, kind: str = "", *, labels: Sequence[str] = (), image_size: int | None = None) -> Base:
         """Return the model as a base: in evaluation mode, with a tokenizer that pads on the right.
 
@@ -101,6 +114,8 @@ class Given:
         """
         model, config = self.model, self._config
         own = _kind(model, config, self.name)
+        if kind and class_for(config, kind) is class_for(config, own):
+            own = kind
         if kind not in ("", own):
             raise ModelError(
                 f"{self.name} is of kind {own}, and {kind} is needed; give a model of that class, "
@@ -111,7 +126,9 @@ class Given:
         _require_plain(model, config, own, self.name)
         require_precision(self.name, config, next(model.parameters()).dtype)
         if own in HEADS:
-            head_options(self.name, config, own, labels)
+            for key, value in head_options(self.name, config, own, labels).items():
+                if key == "problem_type":
+                    model.config.problem_type = value
         tokenizer = self._reader(config, own, image_size)
         if own != VISION:
             pad_on_the_right(model, tokenizer)
@@ -237,7 +254,7 @@ def _kind(model: Any, config: Any, name: str) -> str:
         if built is not None and isinstance(model, built):
             if kind == SENTENCES and kind_of(config) == CAUSAL:
                 break
-            return kind
+            return kind_of(config) if kind == CLASSIFIER else kind
     raise ModelError(
         f"{name} is of no class that is trained here: {', '.join(KINDS)}; take one with its head, "
         "such as AutoModelForCausalLM makes",
@@ -261,7 +278,7 @@ def _require_plain(model: Any, config: Any, kind: str, name: str) -> None:
             code="quantized_unsupported",
             field="model",
         )
-    if kind == SENTENCES and getattr(model, "pooler", None) is not None:
+    if kind in (SENTENCES, SCORED_PAIRS) and getattr(model, "pooler", None) is not None:
         raise ModelError(
             f"{name} has a pooler, which sentences do not use; make it with add_pooling_layer=False",
             code="pooler_unused",

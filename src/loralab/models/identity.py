@@ -6,6 +6,7 @@ A name says little: the folder or the hub id behind it may hold another revision
 import copy
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +22,7 @@ from loralab.values import read_json
 
 CONFIG = "config.json"
 IGNORED_CONFIG_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+TEMPLATE_VALUES = re.compile(r"^(\{%- if (\w+) is not defined -%\}\{%- set \2 = [^\n]*? -%\}\{%- endif -%\})+")
 PROBES = (  # texts that tokenizers cut differently
     "The Quick  brown fox's 3 jumps,\nover 12,345.67 lazy dogs!",
     "\tdef area(width: int) -> float: return width * 2  # naïve Ångström",
@@ -42,6 +44,11 @@ def tokenizer_digest(tokenizer: Any) -> str:
     added = "\n".join(f"{token} a {token}a" for token in sorted(own, key=own.__getitem__))
     ids = [tokenizer(text, verbose=False)["input_ids"] for text in (*PROBES, added)]
     return _digest([sorted(vocabulary, key=vocabulary.__getitem__), ids])
+
+
+def without_template_values(template: str | None) -> str | None:
+    """Return a chat template as it was before values of its variables were kept in it."""
+    return TEMPLATE_VALUES.sub("", template, count=1) if template else template
 
 
 def template_of(tokenizer: Any) -> str | None:
@@ -102,7 +109,7 @@ def with_tokenizer_changes(base: Base, changed: Mapping[str, tuple[Any, str]]) -
 
 def warn_of(changed: Mapping[str, tuple[Any, str]], base: Base, whose: object) -> None:
     """Say what of a tokenizer is the adapter's own."""
-    for _, text in changed.values():
+    for text in filter(None, (text for _, text in changed.values())):
         _warn(f"{text} of {base.name} is not the one that {whose} was trained with, which is used")
 
 
@@ -110,14 +117,16 @@ def tokenizer_changes(base: Base, stored: Mapping[str, Any]) -> dict[str, tuple[
     """Compare a tokenizer with the one of a training.
 
     Returns:
-        attribute -> its value then, and its name, of those that differ.
+        attribute -> its value then, and its name, of those that differ; the name is empty where that
+        is as the user wanted it.
     """
     if base.kind == VISION:
         return {}
     found: dict[str, tuple[Any, str]] = {}
     template = template_of(base.tokenizer)
     if (trained := stored.get("chat_template", template)) != template:
-        found["chat_template"] = trained, "the chat template"
+        same = without_template_values(trained) == without_template_values(template)
+        found["chat_template"] = trained, "" if same else "the chat template"
     end, own = stored.get("eos_token"), base.tokenizer.eos_token
     if end is not None and end != own and end in base.tokenizer.get_vocab():
         found["eos_token"] = end, f"the end of text ({format_value(own)}, then {format_value(end)})"

@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -25,16 +26,56 @@ from loralab.errors import ModelError, join_limited
 
 CAUSAL, CLASSIFIER = "causal-lm", "sequence-classification"
 TAGGER, VISION, SENTENCES = "token-classification", "image-classification", "sentence-encoder"
-KINDS = (CAUSAL, CLASSIFIER, TAGGER, VISION, SENTENCES)
 SEQ2SEQ = "seq2seq"  # what an encoder-decoder is by itself; it can become a classifier
-# kinds that end in classes, and how transformers calls a model that has such a head
-HEADS = {CLASSIFIER: "ForSequenceClassification", TAGGER: "ForTokenClassification", VISION: "ForImageClassification"}
+MULTI_LABEL, REGRESSION, RERANKER = "multi-label", "regression", "reranker"
+SCORED_PAIRS = "scored-pairs"
+KINDS = (CAUSAL, CLASSIFIER, TAGGER, VISION, SENTENCES, SEQ2SEQ, MULTI_LABEL, REGRESSION, RERANKER, SCORED_PAIRS)
+# kinds that end in outputs of their own, and how transformers calls a model that has such a head
+HEADS = {
+    CLASSIFIER: "ForSequenceClassification",
+    TAGGER: "ForTokenClassification",
+    VISION: "ForImageClassification",
+    MULTI_LABEL: "ForSequenceClassification",
+    REGRESSION: "ForSequenceClassification",
+    RERANKER: "ForSequenceClassification",
+}
+# what transformers takes the outputs of a head for
+PROBLEMS = {
+    CLASSIFIER: "single_label_classification",
+    MULTI_LABEL: "multi_label_classification",
+    REGRESSION: "regression",
+    RERANKER: None,
+}
+SERVED = (CAUSAL, CLASSIFIER, VISION, SENTENCES)  # by `loralab serve`
+ONE_OUTPUT = (REGRESSION, RERANKER)
+# format of rows (tasks/formats.py) -> kinds that learn from it, the usual one first
+ANSWERS = (CAUSAL, SEQ2SEQ)
+LEARNERS: dict[str, tuple[str, ...]] = {
+    "prompt-completion": ANSWERS,
+    "instruction": ANSWERS,
+    "text-label": (CAUSAL, CLASSIFIER, SEQ2SEQ),
+    "pair-label": (CAUSAL, CLASSIFIER, SEQ2SEQ),
+    "text-labels": (MULTI_LABEL,),
+    "pair-labels": (MULTI_LABEL,),
+    "text-score": (REGRESSION,),
+    "pair-score": (SCORED_PAIRS, REGRESSION),
+    "query-passage": (RERANKER,),
+    "query-candidates": (RERANKER,),
+    "tokens-tags": (TAGGER,),
+    "image-label": (VISION,),
+    "pair": (SENTENCES,),
+}
 LOADERS: dict[str, Any] = {
     CAUSAL: AutoModelForCausalLM,
     CLASSIFIER: AutoModelForSequenceClassification,
     TAGGER: AutoModelForTokenClassification,
     VISION: AutoModelForImageClassification,
     SENTENCES: AutoModel,
+    SEQ2SEQ: AutoModelForSeq2SeqLM,
+    MULTI_LABEL: AutoModelForSequenceClassification,
+    REGRESSION: AutoModelForSequenceClassification,
+    RERANKER: AutoModelForSequenceClassification,
+    SCORED_PAIRS: AutoModel,
 }
 SUPPORTED = "supported are language models, encoders of text, and vision models that classify"
 _OTHER_SENSES = re.compile("vision|visual|image|video|audio|speech|acoustic|sound|codec|vq")
@@ -46,16 +87,30 @@ _INPUTS = {
 
 
 def kind_of(config: Any) -> str:
-    """Return the kind of a model that nobody has asked to be another one; SEQ2SEQ is in no KINDS."""
-    for kind in (CLASSIFIER, TAGGER):
-        if has_head(config, kind):
-            return kind
+    """Return the kind of a model that nobody has asked to be another one."""
+    if has_head(config, CLASSIFIER):
+        return _kind_of_head(config)
+    if has_head(config, TAGGER):
+        return TAGGER
     if config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         return VISION
     if config.is_encoder_decoder:
         return SEQ2SEQ
     decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return CAUSAL if decoder and _looks_back(config) else CLASSIFIER
+
+
+def _kind_of_head(config: Any) -> str:
+    """Return what a head of a text's classes is for: of one output alone it is a number."""
+    problem = getattr(config, "problem_type", None)
+    if problem == PROBLEMS[MULTI_LABEL]:
+        return MULTI_LABEL
+    return REGRESSION if problem == PROBLEMS[REGRESSION] or config.num_labels == 1 else CLASSIFIER
+
+
+def recorded_kind(kind: str) -> str:
+    """Return the kind that whoever loads a trained model needs: scored pairs make an encoder of sentences."""
+    return SENTENCES if kind == SCORED_PAIRS else kind
 
 
 def describe_kind(kind: str) -> str:
@@ -94,10 +149,10 @@ def require_kind(name: str, config: Any, kind: str) -> None:
             code="kind_unsupported",
             field="model",
         )
-    if own == SEQ2SEQ and kind not in HEADS:
+    if own == SEQ2SEQ and kind not in (*HEADS, SEQ2SEQ):
         raise ModelError(
-            f"{who}, an encoder-decoder: the kind {SEQ2SEQ} is not supported yet; take a language "
-            f"model such as smollm2-135m{_for_classes(config)}",
+            f"{who}, an encoder-decoder, and cannot do {kind}: it learns from rows of prompt, completion; or take a "
+            f"language model such as smollm2-135m{_for_classes(config)}",
             code="seq2seq_unsupported",
             field="model",
         )
@@ -143,6 +198,17 @@ def require_text_or_pictures(name: str, config: Any) -> None:
         raise ModelError(
             f"{who}, which reads {what}: not supported; {SUPPORTED}", code="input_unsupported", field="model"
         )
+    if _OTHER_SENSES.search(f"{class_named(config)} {config.model_type}".lower()) or _hears(config):
+        raise ModelError(
+            f"{who}, which is made for more than text: not supported; {SUPPORTED}",
+            code="multimodal_unsupported",
+            field="model",
+        )
+
+
+def _hears(config: Any) -> bool:
+    """Return whether an encoder-decoder has an encoder of speech beside that of text."""
+    return any(key.startswith("speech_encoder") for key in vars(config))
 
 
 def is_writer(config: Any) -> bool:
@@ -164,18 +230,22 @@ def head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> di
     Raises:
         ModelError: the model's head has other classes.
     """
+    if kind in ONE_OUTPUT:
+        return _one_output(name, config, kind)
     names = dict(enumerate(labels))
+    problem = _problem(config, kind)
     options = {
+        **problem,
         "num_labels": len(names),
         "id2label": names,
         "label2id": {label: index for index, label in names.items()},
     }
     if not names or not has_head(config, kind):
-        return options if names else {}
+        return options if names else problem
     # a few families count their classes without naming them
     own = dict(config.id2label or {n: f"LABEL_{n}" for n in range(config.num_labels)})
     if names == own or (_unnamed(names) and len(names) == len(own)):
-        return {}
+        return problem
     if _unnamed(own) and len(names) == len(own):
         return options
     raise ModelError(
@@ -184,6 +254,32 @@ def head_options(name: str, config: Any, kind: str, labels: Sequence[str]) -> di
         code="other_labels",
         field="model",
     )
+
+
+def _one_output(name: str, config: Any, kind: str) -> dict[str, Any]:
+    """Return the options for a head of one number; one that is there keeps its own.
+
+    Raises:
+        ModelError: the model's head has several outputs.
+    """
+    problem = {"problem_type": PROBLEMS[kind]}
+    if not has_head(config, kind):
+        return {"num_labels": 1, "id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, **problem}
+    if config.num_labels == 1:
+        return problem
+    raise ModelError(
+        f"{name} has a classification head of {config.num_labels} classes, and {kind} needs one output; take the "
+        "model that it was made from",
+        code="other_labels",
+        field="model",
+    )
+
+
+def _problem(config: Any, kind: str) -> dict[str, Any]:
+    """Return the option that says what the outputs are, where the configuration says another thing."""
+    own, wanted = getattr(config, "problem_type", None), PROBLEMS.get(kind)
+    usual = own is None and wanted == PROBLEMS[CLASSIFIER]
+    return {} if wanted is None or usual or own == wanted else {"problem_type": wanted}
 
 
 def _unnamed(names: Mapping[int, str]) -> bool:

@@ -23,7 +23,10 @@ from loralab.models.kinds import (
     CLASSIFIER,
     HEADS,
     KINDS,
+    LEARNERS,
     LOADERS,
+    REGRESSION,
+    SCORED_PAIRS,
     SENTENCES,
     SEQ2SEQ,
     TAGGER,
@@ -34,6 +37,7 @@ from loralab.models.kinds import (
     head_options,
     is_writer,
     kind_of,
+    recorded_kind,
     require_kind,
     require_text_or_pictures,
 )
@@ -43,7 +47,6 @@ from loralab.models.source import as_model_error, require_tokenizer_files, resol
 from loralab.values import check_choice
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LABELLED = ("text-label", "pair-label")  # formats of data that a classifier learns from
 _FREE_SIZES = ("dinov2", "dinov2_with_registers", "swin", "swinv2")  # fit their places themselves
 
 
@@ -73,7 +76,7 @@ class Base:
     def recorded(self) -> dict[str, Any]:
         """Return its name and kind as records have them: a live model has no name to load it by."""
         live = {"name": None, "live": True} if self.live else {"name": self.name}
-        return {**live, "kind": self.kind}
+        return {**live, "kind": recorded_kind(self.kind)}
 
 
 def load(
@@ -166,35 +169,68 @@ def configuration(name: str) -> Any:
     return _config(name, resolve(name))
 
 
-def kind_for(name: str, data_format: str) -> str:
+def kind_for(name: str, data_format: str, wanted: str | None = None) -> str:
     """Return the kind of a model for data of a format (tasks/formats.py names them).
+
+    Args:
+        wanted: what it shall be; None is the usual kind for such rows.
 
     Raises:
         ModelError: it does not exist, or cannot learn from such data.
+        ConfigError: the kind is unknown, or does not learn from such rows.
     """
     config = configuration(name)
     require_text_or_pictures(name, config)
     natural = kind_of(config)
-    if (natural == VISION) != (data_format == "image-label"):
-        wanted = "text: take a language model or an encoder"
-        if data_format == "image-label":
-            wanted = "pictures: take a vision model, such as dinov2-s"
-        raise _unsuited(f"{name} is {describe_kind(natural)}, and the data is {wanted}")
-    if data_format == "tokens-tags":
-        if class_for(config, TAGGER) is None:
-            raise _unsuited(f"{name} ({config.model_type}) cannot tag words; take minilm-l6")
-        return TAGGER
-    if data_format == "pair":
-        if natural == CAUSAL:
-            raise _unsuited(
-                f"{name} is {describe_kind(natural)}; text_a, text_b without a label trains an encoder of "
-                "sentences: take minilm-l6, or say --map prompt=text_a,completion=text_b"
-            )
-        return SENTENCES
-    if natural == SEQ2SEQ or (natural == CLASSIFIER and is_writer(config)):
-        require_kind(name, config, CLASSIFIER if data_format in LABELLED else CAUSAL)
-        return CLASSIFIER
-    return CLASSIFIER if natural == TAGGER else natural  # its body reads any text
+    learners = LEARNERS.get(data_format, (CAUSAL,))
+    if wanted is not None:
+        _require_known(wanted)
+        require_learner(wanted, data_format)
+        require_kind(name, config, wanted)
+        return wanted
+    if (natural == VISION) != (VISION in learners):
+        pictured = "pictures: take a vision model, such as dinov2-s"
+        what = pictured if VISION in learners else "text: take a language model or an encoder"
+        raise _unsuited(f"{name} is {describe_kind(natural)}, and the data is {what}")
+    if TAGGER in learners and class_for(config, TAGGER) is None:
+        raise _unsuited(f"{name} ({config.model_type}) cannot tag words; take minilm-l6")
+    if SENTENCES in learners and natural == CAUSAL:
+        raise _unsuited(
+            f"{name} is {describe_kind(natural)}; text_a, text_b without a label trains an encoder of "
+            "sentences: take minilm-l6, or say --map prompt=text_a,completion=text_b"
+        )
+    return _usual(name, config, natural, learners)
+
+
+def require_learner(kind: str, data_format: str) -> None:
+    """Refuse a kind that does not learn from rows of a format.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    learners = LEARNERS.get(data_format, (CAUSAL,))
+    if kind not in learners:
+        raise ConfigError(
+            f"kind {kind} does not learn from {data_format} rows, which are for {join_limited(learners)}"
+            + ("; say --map score=label if the label is a number" if kind == REGRESSION else ""),
+            code="format_unsuited",
+            field="kind",
+        )
+
+
+def _usual(name: str, config: Any, natural: str, learners: Sequence[str]) -> str:
+    """Return the kind that a model becomes for rows that some kinds learn from."""
+    texts = CAUSAL in learners
+    if texts and natural == CAUSAL:
+        return CAUSAL
+    if natural == SEQ2SEQ and SEQ2SEQ in learners:
+        return CLASSIFIER if CLASSIFIER in learners and class_for(config, CLASSIFIER) else SEQ2SEQ
+    if not texts:
+        able = [kind for kind in learners if kind != SCORED_PAIRS or natural not in (CAUSAL, SEQ2SEQ)]
+        return able[0]
+    if natural == SEQ2SEQ or (natural != TAGGER and is_writer(config)):
+        require_kind(name, config, CLASSIFIER if CLASSIFIER in learners else CAUSAL)
+    return CLASSIFIER  # its body reads any text
 
 
 def _unsuited(message: str) -> ModelError:
@@ -246,7 +282,7 @@ def _options(name: str, config: Any, kind: str, labels: Sequence[str]) -> Option
     """Return the options of from_pretrained beyond the source."""
     if kind in HEADS:
         return head_options(name, config, kind, labels)
-    if kind == SENTENCES:  # sentences are the mean of their tokens: a pooler would stay unused
+    if kind in (SENTENCES, SCORED_PAIRS):  # sentences are the mean of their tokens: a pooler would stay unused
         built = class_for(config, SENTENCES)
         if "add_pooling_layer" in inspect.signature(built.__init__).parameters:
             return {"add_pooling_layer": False}
@@ -275,7 +311,7 @@ def require_use(name: str, tokenizer: Any, config: Any, kind: str) -> None:
         )
     last = tokenizer("a", verbose=False)["input_ids"][-1:]
     # the classes of an encoder-decoder are read off the one end token that each text has
-    ended = kind == CLASSIFIER and config.is_encoder_decoder and not config.sub_configs
+    ended = HEADS.get(kind) == HEADS[CLASSIFIER] and config.is_encoder_decoder and not config.sub_configs
     if ended and (last != [config.eos_token_id] or tokenizer.pad_token_id in (None, *last)):
         raise ModelError(
             f"{name}: {config.model_type} classifies by the end token of a text "

@@ -6,6 +6,7 @@ import torch
 from transformers import AddedToken
 
 from loralab.errors import ConfigError, join_limited
+from loralab.models.kinds import VISION
 from loralab.models.load import Base
 
 
@@ -20,7 +21,7 @@ def add_tokens(base: Base, tokens: Sequence[str]) -> tuple[int, ...]:
     """
     if not tokens:
         return ()
-    if base.kind == "image-classification":
+    if base.kind == VISION:
         raise ConfigError(f"{base.name} reads pictures; it takes no new tokens", code="no_effect", field="new_tokens")
     known = base.tokenizer.get_vocab()
     if bad := [t for t in tokens if not t.strip() or t in known or list(tokens).count(t) > 1]:

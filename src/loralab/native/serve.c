@@ -14,7 +14,7 @@
 
 enum { PLACES = 16, TOKENS = 8, ROWS = 128 };
 
-/* What serving/native_runner.py passes, in the same order. */
+/* What serving/runners/native.py passes, in the same order. */
 typedef struct {
     int64_t layers, h, f, heads, groups, d, vocabulary;
     double eps, scale;

@@ -1,8 +1,8 @@
-"""Live requests: they take the logits of their sequences and produce the answers."""
+"""Live requests of a language model: they take the logits of their sequences and produce the answers."""
 
-import itertools
 import time
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,7 +36,7 @@ Judged = tuple[float | None, Sequence[tuple[int, float]]]
 
 
 @dataclass(eq=False, kw_only=True)
-class _Request:
+class LiveRequest(ABC):
     """State of every request between its arrival and its end.
 
     Attributes:
@@ -44,14 +44,12 @@ class _Request:
         error: why it cannot go on; found by one thread, told by another.
         held: the loaded adapter, once there is room for it.
         joined: whether it counts among the adapter's users.
-        rows: what goes through a language model.
         finished: how it ended.
     """
 
     adapter: str | None
     digest: str | None
     parts: tuple[AdapterPart, ...] = ()
-    sequences: list[TokenSequence] = field(default_factory=list)
     held: Any = None
     cancelled: bool = False
     error: str = ""
@@ -62,13 +60,43 @@ class _Request:
     finished: Finished | None = None
 
     @property
+    @abstractmethod
+    def numbers(self) -> Sequence[int]:
+        """Return the numbers of its rows in the batch."""
+
+    @property
+    def gone(self) -> bool:
+        """Return whether nobody waits for it any more."""
+        return self.cancelled
+
+    @abstractmethod
+    def end(self, reason: str, error: str = "") -> None:
+        """Tell that it is over, before its whole answer came if there is an error."""
+
+
+@dataclass(eq=False, kw_only=True)
+class TextRequest(LiveRequest):
+    """A request whose `sequences` go through a language model."""
+
+    sequences: list[TokenSequence] = field(default_factory=list)
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Return the numbers of its sequences."""
+        return [sequence.number for sequence in self.sequences]
+
+    @property
     def prefix_kv(self) -> Tensor | None:
         """Return the keys and values of the adapter's prefix, if it has one."""
         return None if self.held is None else self.held.value.prefix_kv
 
+    @abstractmethod
+    def take_logits(self, sequence: TokenSequence, chunk: Chunk, logits: Tensor) -> bool:
+        """Take the logits of a computed chunk; return whether the sequence is ready for its next step."""
+
 
 @dataclass(eq=False, kw_only=True)
-class Generation(_Request):
+class Generation(TextRequest):
     """A text that is written token by token; `stops` are the tokens that end it."""
 
     prompt: tuple[int, ...]
@@ -95,11 +123,6 @@ class Generation(_Request):
         if self.sampling.changes_logits or self.constraint is not None:
             processor = LogitsProcessor(self.sampling, self.prompt, sorted(self.stops), self.constraint)
         self.sampler = SamplerState(self.sampling, processor)
-
-    @property
-    def gone(self) -> bool:
-        """Return whether nobody waits for it any more."""
-        return self.cancelled
 
     def take_logits(self, sequence: TokenSequence, chunk: Chunk, logits: Tensor) -> bool:
         """Take the logits of a computed chunk; return whether a next token is due."""
@@ -212,21 +235,21 @@ class Generation(_Request):
 
 
 @dataclass(eq=False, kw_only=True)
-class _Classes(_Request):
-    """Inputs that are put into classes; whoever waits has a future of their rankings."""
+class AwaitedRequest(LiveRequest):
+    """A request whose answer comes at once; whoever waits has a future of it."""
 
-    labels: Sequence[str]
-    future: "Future[list[Ranked]]"
+    future: "Future[Any]"
 
     @property
     def gone(self) -> bool:
         """Return whether nobody waits for it any more."""
         return self.cancelled or self.future.cancelled()
 
-    def _give(self, ranked: Sequence[Ranked], tokens: int) -> None:
+    def give(self, answer: Any, tokens: int) -> None:
+        """Tell the answer, and how many tokens were read for it."""
         self.finished = Finished(reason=STOP, prompt_tokens=tokens, completion_tokens=0)
         if not self.future.done():
-            self.future.set_result(list(ranked))
+            self.future.set_result(answer)
 
     def end(self, reason: str, error: str = "") -> None:
         """Tell that there will be no answer."""
@@ -238,7 +261,7 @@ class _Classes(_Request):
 
 
 @dataclass(eq=False, kw_only=True)
-class LabelScoring(_Classes):
+class LabelScoring(AwaitedRequest, TextRequest):
     """Texts whose labels are ranked by a language model.
 
     A label's score is the summed log-probability of its tokens and the end of the answer, which
@@ -250,6 +273,7 @@ class LabelScoring(_Classes):
         firsts: the labels' tokens, where each has a single one; else empty.
     """
 
+    labels: Sequence[str]
     prompt_tokens: Sequence[int]
     firsts: Sequence[int]
     sums: dict[int, list[float]] = field(default_factory=dict)
@@ -272,7 +296,7 @@ class LabelScoring(_Classes):
         """Count a finished sequence; return whether it was the last."""
         self.read += 1
         if self.read == len(self.sequences):
-            self._give(self._ranked(), sum(self.prompt_tokens))
+            self.give(self._ranked(), sum(self.prompt_tokens))
         return self.finished is not None
 
     def _ranked(self) -> list[Ranked]:
@@ -284,39 +308,10 @@ class LabelScoring(_Classes):
         return found
 
 
-@dataclass(eq=False, kw_only=True)
-class EncoderRequest(_Classes):
-    """Inputs that an encoder puts into classes, in one pass each; `numbers` are their own."""
-
-    examples: Sequence[Any]
-    numbers: Sequence[int]
-    found: dict[int, Ranked] = field(default_factory=dict)
-
-    def accept(self, number: int, logits: Tensor) -> bool:
-        """Take the logits of one input, (classes,); return whether it was the last."""
-        self.first = self.first or time.perf_counter()
-        own = logits[: len(self.labels)].double().softmax(dim=0).tolist()
-        tokens = len(self.examples[number].input_ids)
-        self.found[number] = rank_labels(self.labels, own, tokens)
-        if len(self.found) == len(self.examples):
-            ranked = [self.found[n] for n in range(len(self.examples))]
-            self._give(ranked, sum(one.tokens for one in ranked))
-        return self.finished is not None
-
-
-LiveRequest = Generation | LabelScoring | EncoderRequest
-
-
 def rank_labels(labels: Sequence[str], chances: Sequence[float], tokens: int) -> Ranked:
     """Return the labels with their probabilities, the likeliest first."""
     pairs = sorted(zip(labels, chances, strict=True), key=lambda pair: -pair[1])
     return Ranked(label=pairs[0][0], probabilities=dict(pairs), tokens=tokens)
-
-
-def next_inputs(requests: Iterable[EncoderRequest], most: int) -> list[tuple[EncoderRequest, int]]:
-    """Return the inputs that are next, taking turns between requests."""
-    turns = [[(live, n) for n in range(len(live.examples)) if n not in live.found][:most] for live in requests]
-    return [one for group in itertools.zip_longest(*turns) for one in group if one is not None][:most]
 
 
 def message_of(error: BaseException) -> str:

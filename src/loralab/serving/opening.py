@@ -1,30 +1,36 @@
 """open_engine(): a base, a store and settings become an engine."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, ModelError
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
+from loralab.models.kinds import CAUSAL, CLASSIFIER, SENTENCES, VISION
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
-from loralab.serving.adapter_loader import AdapterLoader
-from loralab.serving.adapter_sum import stack
+from loralab.models.sentences import Pooling, read_pooling
+from loralab.models.source import resolve
+from loralab.serving.adapters.encoder_loader import HEADED, EncoderLoader
+from loralab.serving.adapters.loader import AdapterLoader
+from loralab.serving.adapters.names import base_id
+from loralab.serving.adapters.store import Store
+from loralab.serving.adapters.sums import stack
 from loralab.serving.blocks import BLOCK_SIZE, BlockManager, blocks_needed
-from loralab.serving.encoders import Encoders
-from loralab.serving.engine import Engine
+from loralab.serving.encoder_engine import EncoderEngine
+from loralab.serving.encoder_requests import EncoderRequests, why_no_pooling
 from loralab.serving.kv_cache import block_bytes
-from loralab.serving.names import base_id
-from loralab.serving.request_builder import RequestBuilder
-from loralab.serving.runner import PROBE_LENGTHS, ModelRunner
+from loralab.serving.runners.choose import PROBE_LENGTHS, ModelRunner
 from loralab.serving.scheduler import Scheduler
 from loralab.serving.settings import ServeSettings
-from loralab.serving.store import Store
+from loralab.serving.text_engine import TextEngine
 from loralab.tasks.score import context_length
 
-SERVED = ("causal-lm", "sequence-classification", "image-classification")
+SERVED = (CAUSAL, CLASSIFIER, VISION, SENTENCES)
+AnyEngine = TextEngine | EncoderEngine
 
 
 def open_engine(
@@ -34,7 +40,7 @@ def open_engine(
     adapters: Mapping[str, str | Path] | None = None,
     pinned: Sequence[str] = (),
     settings: ServeSettings | None = None,
-) -> Engine:
+) -> AnyEngine:
     """Return an engine that is ready to start.
 
     Args:
@@ -49,7 +55,7 @@ def open_engine(
     settings = settings or ServeSettings()
     root = require_store(store)
     base = _base(model, settings)
-    loader = AdapterLoader(base, quantize=settings.quantize)
+    loader = (AdapterLoader if base.kind == CAUSAL else EncoderLoader)(base, quantize=settings.quantize)
     names = (base_id(base.name), base.name)
     adapter_store = Store(root, loader.load, stack=stack, resident=settings.resident, reserved=names)
     for name, path in (adapters or {}).items():
@@ -73,19 +79,12 @@ def require_store(store: str | Path) -> Path:
     return root
 
 
-def engine_for(base: Base, store: Store, settings: ServeSettings) -> Engine:
+def engine_for(base: Base, store: Store, settings: ServeSettings) -> AnyEngine:
     """Return an engine around a base that is loaded already."""
     context = min(context_length(base.model), settings.max_length or 2**31)
-    if base.kind != "causal-lm":
-        return Engine(
-            base,
-            store,
-            settings,
-            model=Encoders(base),
-            scheduler=None,
-            context=context,
-            builder=RequestBuilder(base, context),
-        )
+    if base.kind != CAUSAL:
+        requests = EncoderRequests(base, context, _pooling(base))
+        return EncoderEngine(base, store, settings, context=context, requests=requests)
     minimum = sum(map(blocks_needed, PROBE_LENGTHS))
     count = settings.cache_bytes // block_bytes(base.model)
     if count < minimum:
@@ -100,14 +99,23 @@ def engine_for(base: Base, store: Store, settings: ServeSettings) -> Engine:
     scheduler = Scheduler(
         BlockManager(count), max_sequences=settings.max_batch, step_tokens=settings.step_tokens, reuse=runner.reuse
     )
-    return Engine(
-        base, store, settings, model=runner, scheduler=scheduler, context=context, builder=RequestBuilder(base, context)
-    )
+    return TextEngine(base, store, settings, runner=runner, scheduler=scheduler, context=context)
+
+
+def _pooling(base: Base) -> Pooling | str:
+    """Return how the base makes a vector of a text, or why it makes none."""
+    try:
+        stated = read_pooling(base.name, base.source) if base.source and base.kind != VISION else None
+    except ModelError as error:
+        return str(error)
+    return stated or why_no_pooling(base) or Pooling()
 
 
 def _base(name: str, settings: ServeSettings) -> Base:
     kind = models.natural_kind(name)
-    if kind not in SERVED:
+    if kind == CAUSAL and read_pooling(name, resolve(name)) is not None:
+        kind = SENTENCES  # a decoder that was made to embed texts
+    if kind not in (*SERVED, *HEADED):
         raise ConfigError(
             f"{name} is a model of kind {kind}; served are {', '.join(SERVED)}", code="unserved_kind", field="model"
         )
@@ -117,4 +125,4 @@ def _base(name: str, settings: ServeSettings) -> Base:
     if settings.quantize != "none":
         pack(base.model, settings.quantize, name)
     base.model.eval().requires_grad_(False)
-    return base
+    return replace(base, kind=CLASSIFIER) if kind in HEADED else base  # its own loss is no matter here

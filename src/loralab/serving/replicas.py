@@ -4,7 +4,7 @@
 
 A request goes through the door to a replica that has asked for its adapter before (Ray's model
 multiplexing), to another where that one's batch is full; there the same application answers it
-that one server has (api.py). Needs the extras `serve` and `ray`.
+that one server has (http/app.py). Needs the extras `serve` and `ray`.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from loralab.cluster import joined, library, nodes, on
 from loralab.errors import ConfigError, LoralabError, RunError, nearest
 from loralab.models.load import natural_kind
-from loralab.serving.api import build_app
-from loralab.serving.api_errors import ApiError
-from loralab.serving.api_service import ServerInfo, read_content, server_info
-from loralab.serving.api_stream import GRACE
-from loralab.serving.gate import Hosts
-from loralab.serving.keys import Key, Keys
+from loralab.serving.http.app import build_app
+from loralab.serving.http.errors import ApiError
+from loralab.serving.http.gate import Hosts
+from loralab.serving.http.keys import Key, Keys
+from loralab.serving.http.service import ServerInfo, read_content, server_info
+from loralab.serving.http.stream import GRACE
 from loralab.serving.opening import open_engine, require_store
 from loralab.serving.settings import Limits, ServeSettings
 

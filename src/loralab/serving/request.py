@@ -153,6 +153,22 @@ class Ranked:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """The vectors of some texts, and the tokens that were read for them."""
+
+    vectors: list[list[float]]
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScores:
+    """How well the second text of each pair fits the first, and the tokens that were read for it."""
+
+    scores: list[float]
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completed:
     """A whole answer."""
 

@@ -1,4 +1,4 @@
-"""Build live requests for the engine; every error in the input is raised here."""
+"""Build live requests for a language model; every error in the input is raised here."""
 
 import itertools
 import uuid
@@ -6,26 +6,23 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from loralab.errors import ConfigError, DataError
+from loralab.errors import DataError
 from loralab.models.load import Base
-from loralab.serving.adapter_info import AdapterInfo
-from loralab.serving.adapter_tokenizers import AdapterTokenizers
+from loralab.serving.adapters.info import AdapterInfo
+from loralab.serving.adapters.tokenizers import AdapterTokenizers
 from loralab.serving.constraints import Compiled, Constraints, Grammar
 from loralab.serving.detokenize import TokenBytes
-from loralab.serving.live_request import EncoderRequest, Generation, LabelScoring
+from loralab.serving.live_request import Generation, LabelScoring
 from loralab.serving.request import Answer, Sampling
 from loralab.serving.scheduler import TokenSequence
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import answer_ids, prompt_ids
-from loralab.tasks.examples import Example
 from loralab.tasks.forward import require_known
-from loralab.tasks.pictures import from_bytes
 
 UNLIKE_TRAINING = (
     "the adapter was trained on prompts as /v1/chat/completions writes them, and this one does not "
     "end so: ask there, or write the chat template into the prompt"
 )
-VISION, CLASSIFIER = "image-classification", "sequence-classification"
 
 
 class RequestBuilder:
@@ -60,11 +57,8 @@ class RequestBuilder:
         """Build the request for a text after a prompt, of the structure that `compile` made.
 
         Raises:
-            ConfigError: the base writes no text.
             DataError: the prompt is empty, has unknown tokens, or leaves no room for an answer.
         """
-        if self._base.kind != "causal-lm":
-            raise ConfigError(f"{self._base.name} does not generate text; it classifies", code="not_generative")
         self._require_fitting(prompt, prefix_tokens_of(entry) + sampling.max_tokens)
         for field in ("logit_bias", "stop_token_ids"):
             self._require_tokens(getattr(sampling, field), field)
@@ -78,13 +72,13 @@ class RequestBuilder:
 
         answer = Answer(
             id=uuid.uuid4().hex,
-            **_origin(entry),
+            **origin(entry),
             cancel=cancel,
             warning=(structure.warning if structure else "")
             or ("" if self._as_trained(prompt, entry) else UNLIKE_TRAINING),
         )
         live = Generation(
-            **_origin(entry),
+            **origin(entry),
             prompt=tuple(prompt),
             sampling=sampling,
             stops=stops.union(sampling.stop_token_ids),
@@ -114,29 +108,23 @@ class RequestBuilder:
             return tuple(prompt[len(prompt) - len(trained.opening) :]) == trained.opening
         return self._tokens.decode(prompt[-1:])[-1:].isspace() or not trained.opening
 
-    def classification(self, inputs: Sequence[str | bytes], entry: AdapterInfo | None) -> LabelScoring | EncoderRequest:
-        """Build the request for the classes of inputs.
+    def classification(self, inputs: Sequence[str | bytes], entry: AdapterInfo | None) -> LabelScoring:
+        """Build the request for the classes of texts.
 
         Raises:
-            DataError: no labels are known, or an input is too long or of another kind.
+            DataError: no labels are known, or an input is too long or no text.
         """
-        if not inputs:
-            raise DataError("there is no input to put into classes", code="invalid_value", field="input")
-        task = self._task(entry)
-        wanted = bytes if self._base.kind == VISION else str
-        for number, value in enumerate(inputs):
-            if not isinstance(value, wanted):
-                what = "pictures" if wanted is bytes else "texts"
-                raise DataError(f"input {number}: {self._base.name} takes {what}", code="invalid_value", field="input")
-        if self._base.kind == "causal-lm":
-            return self._label_scoring([str(text) for text in inputs], entry, task)
-        examples = [self._example(number, value) for number, value in enumerate(inputs)]
-        return EncoderRequest(
-            **_origin(entry),
-            labels=task.labels,
-            examples=examples,
-            numbers=[next(self._numbers) for _ in examples],
-            future=Future(),
+        require_inputs(inputs, str, self._base.name)
+        if entry is None:
+            raise DataError(self.why_no_classes(None), code="no_labels")
+        return self._label_scoring([str(text) for text in inputs], entry, task_of(entry))
+
+    def why_no_classes(self, entry: AdapterInfo | None) -> str:
+        """Return why texts cannot be put into classes; empty if they can."""
+        return (
+            f"{self._base.name} alone knows no classes; name an adapter that does"
+            if entry is None
+            else unlabelled(entry)
         )
 
     def _label_scoring(self, texts: Sequence[str], entry: AdapterInfo | None, task: Task) -> LabelScoring:
@@ -164,43 +152,13 @@ class RequestBuilder:
             for end in ([()] if single else ends)
         ]
         return LabelScoring(
-            **_origin(entry),
+            **origin(entry),
             labels=task.labels,
             prompt_tokens=prompt_tokens,
             firsts=firsts if single else (),
             sequences=made,
             future=Future(),
         )
-
-    def _example(self, number: int, value: str | bytes) -> Example:
-        if isinstance(value, bytes):
-            return Example(number, (), (0,), image=from_bytes(value, f"input {number}"))
-        ids = tuple(self._base.tokenizer(value, verbose=False)["input_ids"])
-        if len(ids) > self._context:
-            raise DataError(
-                f"input {number} has {len(ids)} tokens, and the model can take {self._context}",
-                code="context_length_exceeded",
-                field="input",
-            )
-        require_known(self._base.model, self._base.tokenizer, [ids])
-        return Example(number, ids, (0,))
-
-    def _task(self, entry: AdapterInfo | None) -> Task:
-        """Return the classes that the adapter, or the base's own head, was trained on."""
-        if entry is None:
-            return Task(name=self._base.name, format="text-label", splits={}, labels=self._base_labels())
-        return _task_of(entry)
-
-    def _base_labels(self) -> tuple[str, ...]:
-        config = self._base.model.config
-        name_of = getattr(config, "id2label", None) or {}
-        if self._base.kind == "causal-lm" or not getattr(config, "architectures", None):
-            name_of = {}
-        if not any("Classification" in name for name in config.architectures or ()):
-            name_of = {}
-        if not name_of:
-            raise DataError(f"{self._base.name} alone knows no classes; name an adapter that does", code="no_labels")
-        return tuple(str(name_of[number]) for number in sorted(name_of))
 
     def _require_fitting(self, prompt: Sequence[int], more: int) -> None:
         if not prompt:
@@ -234,18 +192,42 @@ def digest_of(entry: AdapterInfo | None) -> str | None:
     return None if entry is None else entry.digest
 
 
-def _origin(entry: AdapterInfo | None) -> dict[str, Any]:
+def origin(entry: AdapterInfo | None) -> dict[str, Any]:
     """Return the fields of a request that say which adapter it is for."""
     if entry is None:
         return {"adapter": None, "digest": None}
     return {"adapter": entry.name, "digest": entry.digest, "parts": entry.parts}
 
 
-def _task_of(entry: AdapterInfo) -> Task:
+def require_inputs(inputs: Sequence[Any], wanted: type, base: str) -> None:
+    """Refuse no inputs, and inputs of another kind.
+
+    Raises:
+        DataError: there is one.
+    """
+    if not inputs:
+        raise DataError("there is no input", code="invalid_value", field="input")
+    for number, value in enumerate(inputs):
+        if not isinstance(value, wanted):
+            what = "pictures" if wanted is bytes else "texts"
+            raise DataError(f"input {number}: {base} takes {what}", code="invalid_value", field="input")
+
+
+def unlabelled(entry: AdapterInfo) -> str:
+    """Return why an adapter puts nothing into classes; empty if it does."""
     if not entry.labels:
-        raise DataError(f"{entry.name} was not trained to tell classes apart; it has no labels", code="no_labels")
-    if entry.form == "pair-label":
-        raise DataError(f"{entry.name} compares two texts, which is not served", code="unserved_format")
+        return f"{entry.name} was not trained to tell classes apart; it has no labels"
+    return f"{entry.name} compares two texts, which are not put into classes" if entry.form == "pair-label" else ""
+
+
+def task_of(entry: AdapterInfo) -> Task:
+    """Return the classes that an adapter was trained to tell apart, without rows.
+
+    Raises:
+        DataError: it has none, or they are of pairs.
+    """
+    if reason := unlabelled(entry):
+        raise DataError(reason, code="no_labels")
     return Task(
         name=entry.name,
         format=entry.form or "text-label",

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ConfigError
-from loralab.serving.api import build_app
-from loralab.serving.api_service import ServerInfo, server_info
-from loralab.serving.gate import hosts_of
-from loralab.serving.keys import Keys, read
-from loralab.serving.listener import Listener, address, is_loopback, open_socket
-from loralab.serving.origins import origins_of
+from loralab.serving.http.app import build_app
+from loralab.serving.http.gate import hosts_of
+from loralab.serving.http.keys import Keys, read
+from loralab.serving.http.origins import origins_of
+from loralab.serving.http.server import Listener, address, is_loopback, open_socket
+from loralab.serving.http.service import ServerInfo, server_info
 from loralab.serving.settings import Limits, ServeSettings
 
 OnReady = Callable[[ServerInfo, str, bool], None]

@@ -51,10 +51,10 @@ class Limits:
     """Limits of one request and of one connection.
 
     Fields with a text are options of the command line. `timeout` includes the time in the queue;
-    `body_seconds` are for the body of a request to arrive; `inputs` are the prompts, or texts to
-    classify, of one request; `head_seconds` are for the head of a request to arrive,
-    `stall_seconds` those without reading after which a client is given up; `bodies_bytes` may be
-    on their way in all requests together.
+    `inputs` are the prompts, or texts to classify, of one request, `texts` those to embed, or pairs
+    to score; `body_seconds` are for the body of a request to arrive, `head_seconds` for its head,
+    `stall_seconds` those without reading after which a client is given up; `bodies_bytes` may be on
+    their way in all requests together.
     """
 
     timeout: Annotated[float, "maximum seconds of a request"] = 300.0
@@ -63,6 +63,7 @@ class Limits:
     body_bytes: int = 16 * 2**20
     body_seconds: float = 30.0
     inputs: int = 128
+    texts: int = 2048
     head_seconds: float = 10.0
     stall_seconds: float = 30.0
     bodies_bytes: int = 256 * 2**20
@@ -75,5 +76,5 @@ class Limits:
                 raise ConfigError(
                     f"{name} must be a number of seconds above 0, got {value}", code="invalid_seconds", field=name
                 )
-        for name in ("body_bytes", "inputs", "connections", "bodies_bytes"):
+        for name in ("body_bytes", "inputs", "texts", "connections", "bodies_bytes"):
             check_count(name, getattr(self, name))

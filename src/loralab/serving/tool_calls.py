@@ -154,8 +154,10 @@ class ToolParser:
         begin, end = form.begin.strip(), form.end.strip()
         content, found, rest = text.partition(begin)
         if form.end:
-            parts = rest.split(begin) if found else []
-            return content, [json.loads(part.partition(end)[0]) for part in parts]
+            parts = [part.partition(end) for part in rest.split(begin)] if found else []
+            if len(parts) > 1 and not parts[-1][1] and not _is_json(parts[-1][0]):
+                parts.pop()  # cut short: the calls before it are whole
+            return content, [json.loads(part) for part, _, _ in parts]
         whole = rest if found else text
         if not found and not (form.bare and whole.lstrip().startswith("{")) and not whole.lstrip().startswith('[{"'):
             return text, []
@@ -173,6 +175,14 @@ class ToolParser:
         arguments = call.get("arguments", call.get("parameters", {}))
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         return ToolCall(id=uuid.uuid4().hex[:9], name=name, arguments=text)  # Mistral's ids have 9 characters
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 class ToolStream:

@@ -28,6 +28,8 @@ class Advice:
 
     Attributes:
         sentence: the recommended arm and the default with their scores; None where no arm has one.
+        is_decided: whether that arm is good enough with probability SURE.
+        decide: where it is not, the command that would decide it, if one is known to.
         command: trains the recommended arm; empty where none is.
         candidates: (study, its number, fields, its answer) of each study that proposes something else.
         search: the command that trains configurations beside the default.
@@ -36,10 +38,23 @@ class Advice:
     model: str
     data: str
     sentence: Message | None
+    is_decided: bool
+    decide: str
     command: str
     candidates: Sequence[tuple[str, str, str, Message]]
     search: str
     quick: bool
+
+    @property
+    def verdict(self) -> str:
+        """Return it as marks are named; empty where no arm is to be taken."""
+        return "" if not self.command else "decided" if self.is_decided else "undecided"
+
+    @property
+    def title(self) -> Message:
+        """Return the heading."""
+        titles = {"decided": "page.recommended", "undecided": "page.not_decided", "": "page.none_recommended"}
+        return Message(titles[self.verdict], model=self.model, data=self.data)
 
 
 def grouped(sections: Sequence[Section]) -> list[list[Section]]:
@@ -62,6 +77,8 @@ def advised(group: Sequence[Section]) -> Advice:
         model=setup.model,
         data=setup.data,
         sentence=None if found is None else _sentence(found, chosen),
+        is_decided=found is None or chosen is None or found.ranking.is_sure(chosen),
+        decide=next((each.decide for each in group if each.decide), ""),
         command=apply_command(setup, fields, runs),
         candidates=_candidates(group, fields),
         search=search_command(setup),
@@ -137,19 +154,29 @@ def _sentence(found: Comparison, chosen: str | None) -> Message:
         return Message("ranking.nothing")
     costs = means_of(found.arms[chosen], ("step_seconds", "peak_bytes", "file_bytes"))
     score, default = found.metric.scored(found.arms[chosen]), _default(found)
-    whole = Message("page.whole", arm=chosen, metric=found.metric.text, score=score, **costs)
+    ranking = found.ranking
+    risk = {"probability": ranking.best[chosen], "regret": found.metric.change(ranking.regret[chosen])}
+    whole = Message("page.whole", arm=chosen, metric=found.metric.text, score=score, **risk, **costs)
+    if not ranking.is_sure(chosen):
+        whole = sentences(Message("page.kept" if chosen == default else "page.open"), whole)
     if default is None:
         return sentences(whole, Message("page.no_default"))
     if chosen == default:
-        return sentences(whole, Message("page.default_stands"))
+        return sentences(whole, Message("page.default_stands"), *_against_default(found, chosen))
     beside = Message("page.default", arm=default, score=found.metric.scored(found.arms[default]))
     return sentences(whole, beside, found.claim(chosen, default).sentence)
 
 
+def _against_default(found: Comparison, default: str) -> list[Message]:
+    """Say which arm risks less than the default, though that is not shown."""
+    rival = found.ranking.recommended
+    return [] if rival is None or rival == default else [found.claim(rival, default).sentence]
+
+
 def _candidates(group: Sequence[Section], fields: Mapping[str, Any]) -> list[tuple[str, str, str, Message]]:
-    """Return what each study proposes that the recommended arm does not have."""
+    """Return what each of several studies proposes that the recommended arm does not have."""
     found = []
-    for each in group:
+    for each in group if len(group) > 1 else ():  # what a single one proposes was trained as a whole
         others = {k: v for k, v in each.answer.advice.items() if fields.get(k) != v}
         if others:
             shown = ", ".join(f"{name} = {flat(value)}" for name, value in others.items())

@@ -1,11 +1,10 @@
-"""A trial on a machine of a cluster: measured there as at home, and sent back as bytes.
+"""A trial on a machine of a cluster: measured there as at home (executor.py), and sent back as bytes.
 
 What Ray runs. Nothing stays on the machine but the process that has everything imported, for the
 trials that come next.
 """
 
 import contextlib
-import functools
 import importlib.metadata
 import io
 import os
@@ -13,15 +12,14 @@ import shutil
 import socket
 import tarfile
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import loralab
 from loralab.studies import store
-from loralab.studies.forked import Worker, ended
-from loralab.studies.study import Trial
+from loralab.studies.executor import Here, Tell
+from loralab.studies.study import Record, StudySetup, Trial
 
 LOG_BYTES = 4000  # of what was printed that come back with a trial that failed
 PREFIX = "loralab-trial-"
@@ -29,10 +27,10 @@ PREFIX = "loralab-trial-"
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteResult:
-    """A trial's record.json and other files as a machine sends them back, or why there are none."""
+    """A trial's record and all its files as a machine sends them back, or why there are none."""
 
     node: str
-    record: bytes = b""
+    record: Record | None = None
     files: bytes = b""
     reason: str = ""
     log: str = ""
@@ -44,54 +42,49 @@ def versions() -> dict[str, str]:
     return {"loralab": loralab.__version__, **installed}
 
 
-def reach_here(setup: Mapping[str, Any], wanted: Mapping[str, str], threads: int) -> str:
+def reach_here(setup: StudySetup, wanted: Mapping[str, str], threads: int) -> str:
     """Return what this machine lacks for a study, in a sentence; empty if nothing."""
     for name, version in versions().items():
         if version != wanted[name]:
             return f"has {name} {version}, and the study began with {wanted[name]}"
-    events, _ = _done({"do": "reach", "ground": setup}, threads)
-    said = next((event["text"] for event in events if event["kind"] == "error"), "")
-    return said or ("" if events[-1]["code"] == 0 else ended(events[-1]["code"]))
+    with _folder() as folder:
+        return Here(folder / store.LOG, threads).run(_read, setup, tell=_silent).reason
 
 
-def measure_here(trial: Mapping[str, Any], threads: int) -> RemoteResult:
+def measure_here(trial: Trial, threads: int) -> RemoteResult:
     """Measure a trial in a folder that is gone afterwards."""
     _sweep()
     node = socket.gethostname()
-    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as folder:
-        place = store.place_of(Path(folder), Trial.of(dict(trial)))
+    with _folder() as folder:
+        place, log = store.place_of(folder, trial), folder / store.LOG
         place.mkdir(parents=True)
-        job = {"do": "measure", "cell": trial, "folder": str(place)}
-        events, log = _done(job, threads)
-        file = place / store.RECORD
-        if events[-1]["code"] == 0 and file.is_file():
-            record = file.read_bytes()
-            file.unlink()
-            return RemoteResult(node=node, record=record, files=_packed(place))
-        said = next((event["text"] for event in events if event["kind"] == "error"), "")
-        reason = f"{said or ended(events[-1]['code'])} (on node {node})"
-        return RemoteResult(node=node, reason=reason, log=log)
+        reason = Here(log, threads).measure(trial, place, _silent)
+        record = store.read(folder, trial)
+        if reason or record is None:
+            said = log.read_bytes()[-LOG_BYTES:].decode(errors="replace")
+            return RemoteResult(node=node, reason=f"{reason or 'it left no record'} (on node {node})", log=said)
+        record = replace(record, texts={**record.texts, "node": node})
+        store.write(place, trial, record, record.seconds)
+        return RemoteResult(node=node, record=record, files=_packed(place))
 
 
-def _done(job: Mapping[str, Any], threads: int) -> tuple[list[dict[str, Any]], str]:
-    """Return the events of a job, and what was printed meanwhile."""
-    worker = _worker(threads, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    begun = worker.log.stat().st_size if worker.log.exists() else 0
-    try:
-        events = list(worker.do(job))
-    except BaseException:  # it has ended, or was interrupted: the next job starts another one
-        worker.close()
-        raise
-    with worker.log.open("rb") as file:
-        file.seek(begun)
-        return events, file.read()[-LOG_BYTES:].decode(errors="replace")
+def _silent(event: object) -> None:
+    """Tell nobody: what happens on the way stays here."""
 
 
-@functools.cache
-def _worker(threads: int, devices: str | None) -> Worker:
-    """Start one worker for all jobs that come to this process with the same devices; it ends with it."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
-    return Worker(folder / store.LOG, threads)
+def _read(tell: Tell, setup: StudySetup) -> None:
+    """Read the model and the data of a study, as far as it takes to see that they are here."""
+    from loralab.models.load import natural_kind
+    from loralab.studies.trained import rows_of
+
+    natural_kind(setup.model)
+    rows_of(setup)
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 def _packed(place: Path) -> bytes:

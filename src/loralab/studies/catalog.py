@@ -43,39 +43,25 @@ class Question:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
+ONE_WRITER = Question(
+    races=False,
+    number="",
+    model=WRITER,
+    steps=(40, 15),
+    batch_size=8,
+    rows=(100, 24),
+    seeds=1,
+    fields={"learning_rate": 1e-3},  # twice the usual one: the runs are short
+)
 STUDIES: dict[str, Question] = {
     "lowrank": Question(races=False, number="Q1", steps=(150, 48)),
     "rank": Question(number="Q2"),
     "init": Question(number="Q3", steps=(150, 52), rows=(500, 200)),
     "targets": Question(number="Q4"),
-    "scaling": Question(
-        races=False,
-        number="Q5",
-        steps=(60, 26),
-        rows=(300, 100),
-        seeds=2,  # of 45 and 18 combinations
-    ),
-    "merge": Question(
-        races=False,
-        number="Q6",
-        model=WRITER,
-        steps=(40, 15),
-        batch_size=8,
-        rows=(100, 24),
-        seeds=1,
-        fields={"learning_rate": 1e-3},  # twice the usual one: the runs are short
-    ),
+    "scaling": Question(races=False, number="Q5", steps=(60, 26), rows=(300, 100), seeds=2),  # of 45 combinations
+    "merge": replace(ONE_WRITER, number="Q6"),
     "memory": Question(races=False, number="Q7", model=WRITER, steps=(10, 3), batch_size=12, rows=(4, 2)),
-    "inference": Question(
-        races=False,
-        number="Q8",
-        model=WRITER,
-        steps=(40, 15),
-        batch_size=8,
-        rows=(100, 24),
-        seeds=1,
-        fields={"learning_rate": 1e-3},  # twice the usual one: the runs are short
-    ),
+    "inference": replace(ONE_WRITER, number="Q8"),
     "multitask": Question(races=False, number="Q9", steps=(80, 30), rows=(200, 100), seeds=1),
     "methods": Question(number="Q10"),
     "adaptive": Question(number="Q11"),

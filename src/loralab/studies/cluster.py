@@ -1,50 +1,35 @@
 """Trials measured on the machines of a Ray cluster; only who asks for them writes their folder.
 
 A trial is a task of Ray: it takes as many processors as it computes with, so that no two share
-one, and is done again elsewhere when its machine dies. There it runs as at home, in a process of
-its own forked from one that has everything imported (away.py); its record and its run come back
-as bytes.
+one, and is done again elsewhere when its machine dies. There it runs as at home (away.py); its record
+and its run come back as bytes.
 """
 
 import contextlib
 import io
-import json
-import shutil
 import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from loralab import atomic, cluster
 from loralab.cluster import Node
-from loralab.errors import ConfigError, OutputError
+from loralab.errors import ConfigError
 from loralab.studies import store
 from loralab.studies.away import RemoteResult, measure_here, reach_here, versions
-from loralab.studies.study import FAILED, Record, StudySetup, Trial
+from loralab.studies.executor import Tell
+from loralab.studies.study import StudySetup, Trial
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 RETRIES = 5  # machines that may die under one trial
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 2.0  # after which the machines are counted again
-LOCAL_ONLY = frozenset(
-    {
-        # read what other trials left beside them, or take times that a neighbour would disturb
-        "decoding",
-        "deployed",
-        "drift",
-        "merging",
-        "mixed_batch",
-        "passes",
-        "system",
-        "updates",
-    }
-)
+# measures that read what other trials left beside them, or take times that a neighbour would disturb
+LOCAL_ONLY = frozenset({"decoding", "deployed", "drift", "merging", "mixed_batch", "passes", "system", "updates"})
 
 
 class StoppedError(Exception):
@@ -52,7 +37,7 @@ class StoppedError(Exception):
 
 
 class Cluster:
-    """The machines that trials can go to, while a session lasts.
+    """The executor of trials that go to other machines, while a session lasts.
 
     Attributes:
         threads: that each trial computes with, as many as at home: the order of sums follows.
@@ -94,7 +79,7 @@ class Cluster:
                 "with; OMP_NUM_THREADS=1 asks for one"
             )
         asked = [
-            self._reach.options(scheduling_strategy=cluster.on(node)).remote(setup.to_json(), versions(), self.threads)
+            self._reach.options(scheduling_strategy=cluster.on(node)).remote(setup, versions(), self.threads)
             for node in able
         ]
         for node, answer in zip(able, asked, strict=True):
@@ -105,7 +90,7 @@ class Cluster:
             if wrong:
                 raise ConfigError(f"node {node.name}: {wrong}")
 
-    def each(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    def each(self, work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         """Return all results, in their order; made side by side."""
         given = list(items)
         pool = ThreadPoolExecutor(max(1, len(given)), "cell")
@@ -141,17 +126,22 @@ class Cluster:
                 self._away -= 1
                 self._free.notify()
 
-    def measured(self, trial: Trial, place: Path, log: Path) -> Record:
-        """Have a trial measured somewhere, and put what comes back into its place.
+    @staticmethod
+    def accepts(trial: Trial) -> bool:
+        """Tell whether another machine can measure a trial: it needs nothing of others, and times nothing."""
+        return trial.measure.partition(":")[0].rpartition(".")[2] not in LOCAL_ONLY
+
+    def measure(self, trial: Trial, place: Path, tell: Tell) -> str:
+        """Have a trial measured somewhere; put what comes back into `place`, or return why there is nothing.
 
         Raises:
             StoppedError: the study ends.
         """
         try:
-            back: RemoteResult = self._got(self._measure.remote(trial.to_json(), self.threads))
+            back: RemoteResult = self._got(self._measure.remote(trial, self.threads))
         except self._ray.exceptions.RayError as error:
-            back = RemoteResult(node="", reason=f"lost on the cluster: {said(error)}")
-        return received(trial, back, place, log)
+            return f"lost on the cluster: {said(error)}"
+        return received(back, place)
 
     def stop(self) -> None:
         """Give up what is away."""
@@ -189,49 +179,24 @@ def open_cluster(address: str | None) -> Iterator[Cluster | None]:
             own.stop()
 
 
-def can_run_remotely(trial: Trial) -> bool:
-    """Tell whether another machine can measure a trial: it needs nothing of others, and times nothing."""
-    return trial.measure.partition(":")[0].rpartition(".")[2] not in LOCAL_ONLY
-
-
-def received(trial: Trial, back: RemoteResult, place: Path, log: Path) -> Record:
-    """Put what came back for a trial into its place; return its record, or one that says why there is none.
+def received(back: RemoteResult, place: Path) -> str:
+    """Put the files of a trial that came back into its place, whole or not at all; return why there are none.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: they cannot be written.
     """
     if back.log:
-        with log.open("a", encoding="utf-8") as file:
-            file.write(f"node {back.node}, trial {trial.digest}:\n{back.log}\n")
-    if back.record:
-        _unpack(back, place)
-        found = store.read(place.parent.parent, trial)
-        if found is not None:
-            return found
-    record = Record(arm=trial.arm, seed=trial.seed, status=FAILED, reason=back.reason)
-    store.write(place, trial, record, 0.0)
-    return record
+        with (place.parent.parent / store.LOG).open("a", encoding="utf-8") as file:
+            file.write(f"node {back.node}, trial {place.name}:\n{back.log}\n")
+    if back.record is None:
+        return back.reason
+    atomic.remove_folder(place)
+    with atomic.new_folder(place) as partial, tarfile.open(fileobj=io.BytesIO(back.files)) as archive:
+        archive.extractall(partial, filter="data")
+    return ""
 
 
 def said(error: BaseException) -> str:
     """Shorten an error of Ray: the last line of a traceback, the first one else."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     return f"{lines[-1 if 'Traceback' in str(error) else 0]:.300}"
-
-
-def _unpack(back: RemoteResult, place: Path) -> None:
-    """Write the files of a trial, whole or not at all."""
-    partial = place.with_name(place.name + atomic.PARTIAL)
-    content = json.loads(back.record)
-    content["record"]["texts"] = {**content["record"]["texts"], "node": back.node}
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with tarfile.open(fileobj=io.BytesIO(back.files)) as archive:
-            archive.extractall(partial, filter="data")
-        atomic.write_file(partial / store.RECORD, json.dumps(content, indent=1) + "\n")
-        shutil.rmtree(place, ignore_errors=True)
-        partial.rename(place)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OutputError(f"cannot write {place}: {error.strerror or error}") from None

@@ -1,13 +1,19 @@
-"""The commands that a report gives: run the study again, train as it advises."""
+"""The commands that a report gives: run the study again, go on with it, decide it, train as it advises."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from loralab.studies.catalog import RECOMMEND, STUDIES
-from loralab.studies.study import Record, StudySetup
+from loralab.studies.catalog import RECOMMEND, SEEDS_MAX, STUDIES
+from loralab.studies.contrast import Ranking
+from loralab.studies.ranking import asks_seeds, closest_rival
+from loralab.studies.study import MISSING, Record, StudySetup
 from loralab.values import join_pairs
 
+ROWS = range(1, 100_000)  # more test rows than these nobody has
+LEAST_SEEDS = 3  # with which a study that shall decide begins
 REPEATED = {  # flags of a study, and the fields of its setup that they set
     "--steps": "max_steps",
     "--batch-size": "batch_size",
@@ -23,19 +29,52 @@ def repeat_command(setup: StudySetup) -> str:
     search = setup.study == RECOMMEND
     parts = ["loralab", *(["recommend"] if search else ["study", setup.study])]
     parts += ["--model", setup.model, "--data", setup.data, *_map(setup)]
-    parts += ["--quick"] if setup.quick else ["--seeds", str(setup.seeds)]
+    parts += _seeds(setup)
     for flag, field in REPEATED.items():
         parts += [flag, str(setup.fields[field])] if field in setup.fields else []
     parts += ["--test-rows", str(setup.rows["test"])]
     parts += ["--values", ",".join(setup.values)] if setup.values and not search else []
-    if setup.seeds_max > setup.seeds:
-        parts += ["--seeds-max", str(setup.seeds_max)]
     parts += ["--margin", f"{setup.margin:g}"] if setup.margin is not None else []
     parts += ["--metric", setup.metric] if setup.metric else []
     parts += ["--fixed-lr"] if setup.fixed_lr else []
     if setup.fixed_lr and "learning_rate" in setup.fields:  # else it is the question's own
         parts += ["--learning-rate", str(setup.fields["learning_rate"])]
     return shlex.join(parts)
+
+
+def deciding_command(setup: StudySetup, found: Ranking | None, records: Sequence[Record], folder: str) -> str:
+    """Return the command whose seeds, test rows or time would decide a ranking; empty where none is known to.
+
+    Args:
+        folder: of the study: a search goes on there, a longer study stands beside it.
+    """
+    if found is None or found.recommended is None or found.decided or len(found.names) < 2:
+        return ""
+    if setup.study == RECOMMEND:
+        minutes = math.ceil(2 * sum(r.seconds + r.searched for r in records) / 60)
+        return f"{search_command(setup)} {shlex.join(['--output-dir', folder, '--resume', '--budget', f'{minutes}m'])}"
+    closest, seeds = closest_rival(found), max(setup.seeds, LEAST_SEEDS)
+    if asks_seeds(closest):
+        longer = replace(setup, quick=False, seeds=seeds, seeds_max=max(seeds, closest.seeds_needed or 0))
+    elif max(setup.seeds, setup.seeds_max) < SEEDS_MAX:  # as many as a study may have before more is asked for
+        longer = replace(setup, quick=False, seeds=seeds, seeds_max=SEEDS_MAX)
+    else:
+        rows = needed if (needed := closest.rows_needed or 0) in ROWS else 4 * closest.rows
+        longer = replace(setup, rows={**setup.rows, "test": rows})
+    own = [] if setup.study in STUDIES else ["--test-rows", str(longer.rows.get("test", closest.rows)), *_seeds(longer)]
+    return f"{repeat_command(longer)} {shlex.join([*own, '--output-dir', f'{folder}-longer'])}"
+
+
+def resuming_command(setup: StudySetup, records: Sequence[Record], folder: str) -> str:
+    """Return the command that runs what is missing; empty where nothing is."""
+    if not any(record.status == MISSING for record in records) or setup.study == RECOMMEND:
+        return ""
+    return f"{repeat_command(setup)} {shlex.join(['--output-dir', folder, '--resume'])}"
+
+
+def _seeds(setup: StudySetup) -> list[str]:
+    most = ["--seeds-max", str(setup.seeds_max)] if setup.seeds_max else []
+    return ["--quick"] if setup.quick else ["--seeds", str(setup.seeds), *most]
 
 
 def search_command(setup: StudySetup) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loralab.studies.contrast import Ranking
-from loralab.studies.evidence import Metric, by_arm, claim, metric_of, own_interval, scores_table
+from loralab.studies.evidence import COMMONEST, Metric, by_arm, claim, commonest, metric_of, own_interval, scores_table
 from loralab.studies.message import Chart, Message, Table
 from loralab.studies.ranking import FLOOR, Arms, among, claims, describe_ranking, ranked, recommendation
 from loralab.studies.study import Answer, Finding, Record, StudySetup
@@ -42,10 +42,13 @@ class Comparison:
         return describe_ranking(among(self.ranking, family), family, self.metric)
 
     def over_base(self, names: Sequence[str] | None = None) -> list[Finding]:
-        """Compare some arms with the untrained model; none is the cheapest alone."""
-        if FLOOR not in self.ranking.means:
-            return []
-        return [self.claim(name, FLOOR) for name in (self.ranking.names[:1] if names is None else names)]
+        """Compare some arms with what needs no training, the best of that; none is the cheapest alone."""
+        means = self.ranking.means
+        floor = max(
+            (name for name in (FLOOR, COMMONEST) if name in means), key=lambda name: means[name][0], default=None
+        )
+        able = self.ranking.names[:1] if names is None else names
+        return [] if floor is None else [self.claim(name, floor) for name in able]
 
     def claim(self, a: str, b: str) -> Finding:
         """Say how two arms differ."""
@@ -94,7 +97,7 @@ def compare_arms(
     arms = {name: own for name, own in every.items() if name not in aside}
     if not arms:
         return None
-    others = {name: own for name, own in every.items() if name in aside}
+    others = {name: own for name, own in every.items() if name in aside} | commonest(records)
     ranking = ranked(arms, metric, others, floor=floor, cost=cost)
     return Comparison(every=every, arms=arms, metric=metric, ranking=ranking)
 
@@ -105,8 +108,7 @@ def score_chart(
     """Return the scores of some arms with their intervals."""
     rows = []
     for arm, records in arms.items():
-        interval = own_interval(records)
-        place = {} if at is None else {"x": at(arm)}
-        rows.append({"arm": arm, "value": interval.mean, "low": interval.low, "high": interval.high, **place})
+        value, low, high = own_interval(records)
+        rows.append({"arm": arm, "value": value, "low": low, "high": high, **({} if at is None else {"x": at(arm)})})
     title, y = Message(f"{name}.chart"), Message("axis.score", metric=metric.text)
     return Chart("intervals", name, title, rows, x, y, options={"percent": metric.rises, **options})

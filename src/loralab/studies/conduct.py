@@ -195,15 +195,16 @@ def _sized(own: Session, setup: StudySetup, budget: float, started: float) -> St
     record = own.obtain(Trial(measure=PROBE, setup=small, arm=probe, seed=0))
     if record.status == FAILED:
         raise ConfigError(record.reason)
-    whole = record.seconds or time.monotonic() - begun  # without the start of the worker
+    whole = record.seconds or time.monotonic() - begun  # without the start of the process
     a_step = record.numbers.get("step_seconds", whole / few)
     a_row = record.numbers.get("row_seconds", 0.0)
-    rest = max(1.0, whole - few * a_step - 2 * PROBE_ROWS * a_row)
+    once, general = (record.numbers.get(f"{name}_seconds", 0.0) for name in ("forgetting", "general"))
+    rest = max(1.0, whole - few * a_step - 2 * PROBE_ROWS * a_row - once)
     affordable = max(LEAST_ROWS, int(ROWS_SHARE * budget / max(a_row, 1e-9)))
     rows = {name: min(count, affordable) for name, count in setup.rows.items()}
     left = 0.9 * (budget - (time.monotonic() - started)) * own.abreast
-    short, full = rest + rows["validation"] * a_row, rest + (rows["validation"] + 2 * rows["test"]) * a_row
-    number, shorter = plan_for(a_step, (short, full), left, steps)
+    short = rest + rows["validation"] * a_row
+    number, shorter = plan_for(a_step, (short, short + 2 * rows["test"] * a_row + general), left, steps)
     fields = {**setup.fields, "max_steps": shorter}
     return replace(setup, fields=fields, rows=rows, values=(str(number), str(steps)))
 

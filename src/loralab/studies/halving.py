@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from loralab.studies.evidence import by_arm, metric_of
-from loralab.studies.race import POSSIBLE
+from loralab.studies.race import possible_best
 from loralab.studies.ranking import ranked
-from loralab.studies.search import SEARCH, Each, Obtain, in_turn, loss_of, rounded, usual
-from loralab.studies.study import MISSING, Arm, Record, StudySetup, Trial
-from loralab.studies.trained import BASE, BASE_ARM, MEASURE
+from loralab.studies.rates import loss_of, rounded, usual, with_rate
+from loralab.studies.search import Each, Obtain, in_turn, seeded, shortened
+from loralab.studies.study import Arm, Record, StudySetup, Trial
+from loralab.studies.trained import BASE, BASE_ARM, MEASURE, SEARCH
 
 ETA = 3  # of the candidates one in so many goes on, for so many times the steps
 ROUNDS = 3
@@ -35,19 +36,18 @@ SHAPES: tuple[tuple[str, Mapping[str, Any]], ...] = (
 def default_arm(setup: StudySetup) -> Arm:
     """Return what `loralab train` takes where nothing is chosen."""
     plain = Arm(name=DEFAULT, fields={"method": "lora"})
-    return Arm(name=DEFAULT, fields={**plain.fields, "learning_rate": usual(setup, plain)})
+    return with_rate(plain, usual(setup, plain))
 
 
 def with_factor(setup: StudySetup, shape: Arm, factor: float) -> Arm:
     """Return a candidate: a shape at so many times its usual learning rate."""
     rate = rounded(usual(setup, shape) * factor)
-    fields = {**shape.fields, "learning_rate": rate}
-    return Arm(name=f"{shape.name}, {rate:.1e}", fields=fields)
+    return replace(with_rate(shape, rate), name=f"{shape.name}, {rate:.1e}")
 
 
 def first_round(setup: StudySetup, arm: Arm) -> Trial:
     """Return what every candidate runs first."""
-    return _short(setup, arm, _steps(setup, 0))
+    return _short(setup, arm, 0)
 
 
 def plan_for(seconds_per_step: float, overheads: tuple[float, float], budget: float, steps: int) -> tuple[int, int]:
@@ -75,53 +75,43 @@ def plan_for(seconds_per_step: float, overheads: tuple[float, float], budget: fl
 
 def walk(setup: StudySetup, candidates: Sequence[Arm], obtain: Obtain, each: Each = in_turn) -> list[Record]:
     """Run two rounds of short runs by validation loss, then whole runs with as many seeds as fit."""
-    whole = {arm.name: arm for arm in candidates if arm.name in (BASE, DEFAULT)}
-    left = [arm for arm in candidates if arm.name not in whole]
-    if DEFAULT in whole:  # first of all: whatever the time is enough for, it is known
-        obtain(Trial(measure=MEASURE, setup=setup, arm=whole[DEFAULT], seed=0))
+
+    def whole(arm: Arm, seed: int) -> Record:
+        record = obtain(Trial(measure=MEASURE, setup=setup, arm=arm, seed=seed))
+        return replace(record, arm=arm, rate=arm.fields.get("learning_rate"))
+
+    default = [arm for arm in candidates if arm.name == DEFAULT]
+    left = [arm for arm in candidates if arm.name not in (BASE, DEFAULT)]
+    for arm in default:  # first of all: whatever the time is enough for, it is known
+        whole(arm, 0)
     found: list[Record] = []
     for number in range(ROUNDS - 1):
-        trials = [_short(setup, arm, _steps(setup, number)) for arm in left]
-        ran = list(zip(left, each(obtain, trials), strict=True))
-        found += [_of_round(arm, record, number) for arm, record in ran]
-        ended = [(loss_of(record), i) for i, (_, record) in enumerate(ran)]
-        ranked_ = sorted(pair for pair in ended if math.isfinite(pair[0]))
+        ran = list(zip(left, each(obtain, [_short(setup, arm, number) for arm in left]), strict=True))
+        found += [replace(own, arm=arm, numbers={**own.numbers, "round": number + 1}) for arm, own in ran]
         keep = max(1, len(left) // ETA) if number < ROUNDS - 2 else FINALISTS
-        left = _one_of_each_rate(setup, [left[i] for _, i in ranked_])[:keep]
-    if BASE in whole:
-        found.append(obtain(Trial(measure=str(BASE_ARM.options["measure"]), setup=setup, arm=whole[BASE], seed=0)))
-    return found + _finals(setup, [*(whole[n] for n in (DEFAULT,) if n in whole), *left], obtain, each)
+        left = survivors(setup, ran)[:keep]
+    if BASE in [arm.name for arm in candidates]:
+        found.append(obtain(Trial(measure=str(BASE_ARM.options["measure"]), setup=setup, arm=BASE_ARM, seed=0)))
+    return found + seeded(setup, [*default, *left], whole, each, finalists)
 
 
-def _one_of_each_rate(setup: StudySetup, best_first: Sequence[Arm]) -> list[Arm]:
-    """Return the candidates in turns over multiples of the usual rate: short runs favour rates that whole ones do not bear."""
+def survivors(setup: StudySetup, ran: Sequence[tuple[Arm, Record]]) -> list[Arm]:
+    """Return the candidates that did not diverge, the best first, in turns over multiples of the usual rate.
+
+    Short runs favour rates that whole ones do not bear.
+    """
+    losses = [loss_of(record) for _, record in ran]
     turns: dict[float, list[Arm]] = {}
-    for arm in best_first:
+    for place in sorted((i for i, loss in enumerate(losses) if math.isfinite(loss)), key=losses.__getitem__):
+        arm = ran[place][0]
         turns.setdefault(rounded(float(arm.fields["learning_rate"]) / usual(setup, arm)), []).append(arm)
     return [arm for turn in itertools.zip_longest(*turns.values()) for arm in turn if arm is not None]
 
 
-def _finals(setup: StudySetup, arms_: Sequence[Arm], obtain: Obtain, each: Each) -> list[Record]:
-    """Make whole runs: `seeds` of every finalist, then more of those that can still be the best."""
-    found: list[Record] = []
-    for seed in range(max(setup.seeds, setup.seeds_max)):
-        able = arms_ if seed < setup.seeds else [arm for arm in arms_ if arm.name in _possible_best(found)]
-        trials = [Trial(measure=MEASURE, setup=setup, arm=arm, seed=seed) for arm in able]
-        done = zip(each(obtain, trials), able, strict=True)
-        ran = [replace(record, arm=arm, rate=arm.fields.get("learning_rate")) for record, arm in done]
-        found += ran
-        if not ran or any(record.status == MISSING for record in ran):
-            break
-    return found
-
-
-def _possible_best(records: Sequence[Record]) -> list[str]:
+def finalists(records: Sequence[Record]) -> list[str]:
     """Return the finalists between which it is not decided, the default among them; none once it is."""
-    arms_ = by_arm(on_validation(records))
-    if len(arms_) < 2:
-        return []
-    found = ranked(arms_, metric_of(records))
-    return [] if found.decided else [n for n in found.names if found.good[n] >= POSSIBLE or n == DEFAULT]
+    arms = by_arm(on_validation(records))
+    return possible_best(ranked(arms, metric_of(records)), always=[DEFAULT]) if len(arms) > 1 else []
 
 
 def on_validation(records: Sequence[Record]) -> list[Record]:
@@ -135,15 +125,7 @@ def on_validation(records: Sequence[Record]) -> list[Record]:
     ]
 
 
-def _steps(setup: StudySetup, number: int) -> int:
-    """Return the steps of a round; the first one is number 0."""
-    return max(2, int(setup.fields["max_steps"]) // ETA ** (ROUNDS - 1 - number))
-
-
-def _short(setup: StudySetup, arm: Arm, steps: int) -> Trial:
-    short = Arm(name=arm.name, fields={**arm.fields, "max_steps": steps})
-    return Trial(measure=SEARCH, setup=setup, arm=short, seed=0)
-
-
-def _of_round(arm: Arm, record: Record, number: int) -> Record:
-    return replace(record, arm=arm, numbers={**record.numbers, "round": number + 1})
+def _short(setup: StudySetup, arm: Arm, number: int) -> Trial:
+    """Return a candidate's run of a round; the first one is number 0."""
+    steps = max(2, int(setup.fields["max_steps"]) // ETA ** (ROUNDS - 1 - number))
+    return Trial(measure=SEARCH, setup=setup, arm=shortened(arm, steps), seed=0)

@@ -66,6 +66,12 @@ class Column:
         return self.label or Message(f"column.{self.name}")
 
 
+def columns(*specs: str | Column) -> list[Column]:
+    """Return columns from names, or names and formats such as "step_seconds:seconds"."""
+    named = [spec.partition(":") if isinstance(spec, str) else spec for spec in specs]
+    return [found if isinstance(found, Column) else Column(found[0], found[2]) for found in named]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Rows of values under their columns; a value that a row lacks is shown as a dash."""

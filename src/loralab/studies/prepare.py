@@ -2,9 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from types import ModuleType
-from typing import Any
 
 from loralab.adapters.attach import attach
 from loralab.errors import ConfigError, InputError, nearest
@@ -31,7 +29,7 @@ def question_module(study: str) -> ModuleType:
     return importlib.import_module(f"loralab.studies.questions.{question_name(study)}")
 
 
-def prepare(setup: StudySetup, given: Sequence[Arm] | None) -> tuple[list[dict[str, Any]], dict[str, str], RunFacts]:
+def prepare(setup: StudySetup, given: Sequence[Arm] | None) -> tuple[list[Arm], dict[str, str], RunFacts]:
     """Return the arms of a study (those given, or the question's own), why some cannot run, and what it
     stands on: the rows and the base that are behind their names now.
 
@@ -54,7 +52,7 @@ def prepare(setup: StudySetup, given: Sequence[Arm] | None) -> tuple[list[dict[s
             field="values",
         )
     invalid = {arm.name: reason for arm in arms if (reason := reason_invalid(setup, arm, base))}
-    return [asdict(arm) for arm in arms], invalid, facts
+    return arms, invalid, facts
 
 
 def base_of(setup: StudySetup) -> Base:

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from loralab.studies.contrast import Ranking, Sample, rank_arms
-from loralab.studies.evidence import Metric, best_arm, claim, mean_of, sample
+from loralab.studies.contrast import TINY, Contrast, Ranking, Sample, rank_arms
+from loralab.studies.evidence import COMMONEST, Metric, best_arm, claim, mean_of, sample
 from loralab.studies.message import Message, sentences
 from loralab.studies.study import Finding, Record
 
 Arms = Mapping[str, Sequence[Record]]
 FLOOR = "base"  # the arm that a recommended one must beat
-ALIKE = 0.1  # step times that differ by less are not told apart
+LIKELY = 0.75  # probability of being better that is asked of an arm beside what costs nothing
 
 
 def ranked(
@@ -39,7 +39,17 @@ def ranked(
     everything = {**arms, **{name: own for name, own in (others or {}).items() if own}}
     cost = cost or {name: parameters(own) for name, own in arms.items()}
     best = mean_of(arms[best_arm(arms, metric)], "score")
-    return rank_arms(samples(everything, metric), margin=metric.margin_at(best), costs=cost, floor=floor)
+    found = rank_arms(samples(everything, metric), margin=metric.margin_at(best), costs=cost, floor=floor)
+    return found if found.recommended is None or _has_learnt(found) else replace(found, recommended=None)
+
+
+def _has_learnt(found: Ranking) -> bool:
+    """Tell whether the recommended arm is likely to be better than always saying the commonest label.
+
+    More would refuse what is good on rows most of which have one label; less would recommend what has
+    learnt of labels without a meaning which one is the commonest.
+    """
+    return COMMONEST not in found.means or found.contrast(found.recommended or "", COMMONEST).likely >= LIKELY
 
 
 def samples(arms: Arms, metric: Metric) -> dict[str, Sample]:
@@ -69,7 +79,7 @@ def recommendation(found: Ranking, arms: Arms, metric: Metric) -> Message:
     """Say what to take, how sure that is, and what would decide it where it is not."""
     name = found.recommended
     if name is None:
-        return Message("ranking.nothing")
+        return Message("ranking.nothing" if COMMONEST not in found.means else "ranking.nothing_learnt")
     facts = Message(
         "ranking.facts",
         arm=name,
@@ -85,13 +95,23 @@ def recommendation(found: Ranking, arms: Arms, metric: Metric) -> Message:
 
 def _would_decide(found: Ranking) -> Message:
     """Return what it takes to tell the recommended arm from the one that is most likely to be better."""
-    rivals = [found.contrast(found.recommended or "", n) for n in found.names if n != found.recommended]
-    closest = min(rivals, key=lambda c: c.estimate / max(1e-12, c.of_seeds + c.of_rows))
-    if closest.seeds_needed is not None and closest.of_seeds >= closest.of_rows:
+    closest = closest_rival(found)
+    if asks_seeds(closest):
         return Message("ranking.seeds_would_tell", seeds=closest.seeds_needed, rival=closest.b)
     if closest.rows_needed is not None:
         return Message("ranking.rows_would_tell", rows=closest.rows_needed, rival=closest.b)
     return Message("ranking.more_would_tell", rival=closest.b)
+
+
+def closest_rival(found: Ranking) -> Contrast:
+    """Compare the recommended arm of several with the one that is most likely to be better."""
+    rivals = [found.contrast(found.recommended or "", n) for n in found.names if n != found.recommended]
+    return min(rivals, key=lambda c: c.estimate / max(TINY, c.of_seeds + c.of_rows))
+
+
+def asks_seeds(found: Contrast) -> bool:
+    """Tell whether seeds, rather than test rows, would decide a contrast."""
+    return found.seeds_needed is not None and found.of_seeds >= found.of_rows
 
 
 def among(found: Ranking, names: Iterable[str]) -> Ranking:

@@ -28,7 +28,7 @@ from loralab.studies.summary import closing_answers
 from loralab.studies.wording import LANGUAGES, UNKNOWN, formatted, say
 
 FIGURES = "figures"
-MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "undecided": "?"}
+MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "undecided": "?", "decided": "✓"}
 SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page needs of the bundle
 Drawn = dict[tuple[str, str], dict[str, dict[str, Any]]]  # study and chart -> language -> Vega-Lite
 PAGE, MARKDOWN = "report.html", {"en": "report.md", "zh-TW": "report.zh-TW.md"}
@@ -55,7 +55,7 @@ def _sections(folder: Path) -> list[Section]:
     """Return the studies of a folder with their answers."""
     try:
         found = records(folder)
-        return [section(name, setup, own) for name, (setup, own) in in_order(found).items()]
+        return [section(name, setup, own, str(folder)) for name, (setup, own) in in_order(found).items()]
     except LoralabError:
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:

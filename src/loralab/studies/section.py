@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loralab.studies.catalog import RECOMMEND, STUDIES
-from loralab.studies.commands import apply_command, repeat_command
+from loralab.studies.commands import apply_command, deciding_command, repeat_command, resuming_command
 from loralab.studies.evidence import by_arm, unfinished
 from loralab.studies.message import Message
 from loralab.studies.prepare import question_module, question_name
@@ -18,7 +18,8 @@ class Section:
 
     Attributes:
         label: its number, or its name where it has none.
-        left: arms without a result, and why.
+        left: arms without a result, and why; `resume` is the command that runs them, where it can.
+        decide: the command that would decide the ranking, where that is open.
         measured: how its runs were made equal, and what they cost.
         repeat, apply: commands.
     """
@@ -27,9 +28,11 @@ class Section:
     setup: StudySetup
     answer: Answer
     records: Sequence[Record]
-    left: Sequence[tuple[str, str]]
+    left: Sequence[tuple[str, Message]]
     measured: Message
     repeat: str
+    resume: str
+    decide: str
     apply: str
 
     @property
@@ -41,6 +44,14 @@ class Section:
     def title(self) -> Message | str:
         """Return the heading."""
         return Message(f"{self.name}.title") if self.name in (*STUDIES, RECOMMEND) else self.name
+
+    @property
+    def verdict(self) -> str:
+        """Tell whether the ranking is "decided" or "undecided"; empty where there is none, or nothing to take."""
+        ranking = self.answer.ranking
+        if ranking is None or ranking.recommended is None:
+            return ""
+        return "decided" if ranking.decided else "undecided"
 
     @property
     def method(self) -> Message | None:
@@ -62,8 +73,9 @@ class Section:
         return Message(key) if key in catalogue("en") else None
 
 
-def section(name: str, setup: StudySetup, records: Sequence[Record]) -> Section:
-    """Return a study with its answer."""
+def section(name: str, setup: StudySetup, records: Sequence[Record], folder: str = "") -> Section:
+    """Return a study with its answer; `folder` is where it lies, as commands shall name it."""
+    folder = folder or f"studies/{name}"
     answer = question_module(name).conclude(records, setup)
     return Section(
         name=name,
@@ -73,6 +85,8 @@ def section(name: str, setup: StudySetup, records: Sequence[Record]) -> Section:
         left=unfinished(records),
         measured=measured(setup, records),
         repeat=repeat_command(setup),
+        resume=resuming_command(setup, records, folder),
+        decide=deciding_command(setup, answer.ranking, records, folder),
         apply=apply_command(setup, answer.advice, records),
     )
 

@@ -6,7 +6,6 @@ losses come in negated.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,28 +16,6 @@ from loralab.studies.contrast import CONFIDENCE, SIDE, Contrast, Verdict, verdic
 DRAWS = 2000  # of a bootstrap
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A mean and where it lies with the given confidence; None where one value says nothing."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    spread: float
-    count: int
-
-
-def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Return Student's t-interval of a mean over seeds."""
-    array = np.asarray(values, dtype=float)
-    mean, count = float(array.mean()), len(array)
-    if count < 2:
-        return Interval(mean=mean, low=None, high=None, spread=0.0, count=count)
-    spread = float(array.std(ddof=1))
-    half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * spread / math.sqrt(count)
-    return Interval(mean=mean, low=mean - half, high=mean + half, spread=spread, count=count)
 
 
 def difference(

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,18 @@ def write(place: Path, trial: Trial, record: Record, seconds: float) -> None:
         "cell": trial.to_json(),
         "record": {**asdict(replace(record, seconds=seconds)), "arm": None},
     }
-    atomic.write_file(place / RECORD, json.dumps(_plain(content), indent=1, default=str) + "\n")
+    atomic.write_file(place / RECORD, json.dumps(_without(_is_infinite, content), indent=1, default=str) + "\n")
 
 
 def read(folder: Path, trial: Trial) -> Record | None:
     """Return the record of a trial; None if it has none that can be read."""
-    file = place_of(folder, trial) / RECORD
+    return read_at(place_of(folder, trial), trial)
+
+
+def read_at(place: Path, trial: Trial) -> Record | None:
+    """Return the record of a trial from the folder that keeps it."""
     with contextlib.suppress(OutputError, KeyError, TypeError):
-        content = read_json(file, OutputError)
+        content = read_json(place / RECORD, OutputError)
         found = Record(**{**content["record"], "arm": trial.arm})
         if content["format"] == FORMAT and found.is_sound:
             return found
@@ -90,8 +94,8 @@ def add_plan(folder: Path, plan: Plan) -> None:
     held[setup.study] = plan
     stored = {
         name: {
-            "ground": _without_none(own.to_json()),
-            "arms": [_without_none(asdict(arm)) for arm in arms],
+            "ground": _without(_is_none, own.to_json()),
+            "arms": [_without(_is_none, asdict(arm)) for arm in arms],
             "invalid": invalid,
         }
         for name, (own, arms, invalid) in held.items()
@@ -207,21 +211,18 @@ def write_results(folder: Path, records: Mapping[str, Sequence[Record]]) -> Path
     return atomic.write_file(folder / RESULTS, content.getvalue())
 
 
-def _without_none(content: Any) -> Any:
-    """Leave out None: TOML has no null."""
+def _without(dropped: Callable[[Any], bool], content: Any) -> Any:
+    """Leave values out of tables; in a series they are None."""
     if isinstance(content, Mapping):
-        return {k: _without_none(v) for k, v in content.items() if v is not None}
+        return {k: _without(dropped, v) for k, v in content.items() if not dropped(v)}
     if isinstance(content, list | tuple):
-        return [_without_none(value) for value in content]
+        return [None if dropped(value) else _without(dropped, value) for value in content]
     return content
 
 
-def _plain(content: Any) -> Any:
-    """Replace numbers that are not finite, which JSON lacks: null in a series, left out else."""
-    if isinstance(content, Mapping):
-        return {k: _plain(v) for k, v in content.items() if not (isinstance(v, float) and not math.isfinite(v))}
-    if isinstance(content, list | tuple):
-        return [_plain(v) for v in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content
+def _is_none(value: Any) -> bool:
+    return value is None  # TOML has no null
+
+
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)  # JSON has no such number

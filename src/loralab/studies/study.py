@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, nearest
 from loralab.studies.message import Chart, Message, Table
+from loralab.values import check_choice
 
 FORMAT = 1  # of records; a change makes old ones unreadable, and their trials run again
-FALLING = ("loss", "perplexity")  # metrics of which less is better
+FALLING = ("loss", "perplexity", "rmse")  # metrics of which less is better
 MOST_SEEDS = 1_000
 EDGE = "edge"  # texts["rate"] of a record whose best rate lies at the edge of what was tried
 DONE, DIVERGED, FAILED, MISSING = "done", "diverged", "failed", "missing"
@@ -78,21 +79,45 @@ class StudySetup:
 
     def is_sound(self, name: str, arms: Sequence[Arm]) -> bool:
         """Tell whether every field of this study and of its arms is of its type; a file may err."""
-        texts = (self.study, self.model, self.data, self.metric, self.general, *self.values)
-        tables = (self.mapping, self.fields, self.rows)
+        texts = (self.study, self.model, self.data, self.metric, self.general, *self.values, *self.mapping.values())
+        counts, numbers = (self.seeds, self.seeds_max), (*self.rates, *self.rows.values(), self.margin or 0)
         return (
             self.study == name
-            and all(isinstance(text, str) for text in (*texts, *self.mapping.values()))
-            and all(isinstance(table, dict) for table in tables)
-            and type(self.seeds) is int
-            and 0 < self.seeds <= MOST_SEEDS
-            and type(self.seeds_max) is int
-            and 0 <= self.seeds_max <= MOST_SEEDS
-            and (self.margin is None or _is_number(self.margin))
-            and all(_is_number(value) for value in (*self.rates, *self.rows.values()))
+            and all(isinstance(text, str) for text in texts)
+            and all(isinstance(table, dict) for table in (self.mapping, self.fields, self.rows))
+            and all(type(count) is int and 0 <= count <= MOST_SEEDS for count in counts)
+            and self.seeds > 0
+            and all(_is_number(value) for value in numbers)
             and all(isinstance(flag, bool) for flag in (self.quick, self.fixed_lr))
             and all(arm.is_sound for arm in arms)
         )
+
+    def chosen(self, known: Sequence[str], usual: Sequence[str]) -> list[str]:
+        """Return what was asked for after --values, each once; where nothing was, the usual.
+
+        Raises:
+            ConfigError: a value is none of the known ones.
+        """
+        for value in self.values:
+            check_choice("values", value, known)
+        return list(dict.fromkeys(self.values or usual))
+
+    def ranks(self, usual: Sequence[int], *, other: Sequence[str] = ()) -> list[int]:
+        """Return the ranks that were asked for after --values, each once and rising; else the usual.
+
+        Args:
+            other: values that may stand beside ranks; they are left out.
+
+        Raises:
+            ConfigError: a value is neither.
+        """
+        asked = [value for value in self.values if value not in other]
+        for value in asked:
+            if not (value.isascii() and value.isdigit() and int(value) > 0):
+                known = ", ".join(("ranks, such as 2,4,8", *other))
+                message = f"--values of the study {self.study} are {known}; got {value!r}{nearest(value, other)}"
+                raise ConfigError(message, code="wrong_value", field="values")
+        return sorted({int(value) for value in asked} or usual)
 
     @staticmethod
     def of(stored: Mapping[str, Any]) -> "StudySetup":

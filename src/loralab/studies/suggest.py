@@ -9,7 +9,6 @@ import json
 import math
 import os
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from loralab.studies import store
 from loralab.studies.away import RemoteResult, measure_here
 from loralab.studies.cluster import RETRIES, Cluster, received
 from loralab.studies.halving import FIRST, RATES, SHAPES, default_arm, first_round, with_factor
+from loralab.studies.rates import loss_of, usual
 from loralab.studies.runner import Session
-from loralab.studies.search import SEARCH, loss_of, usual
-from loralab.studies.study import Arm, Record, StudySetup, Trial
-from loralab.studies.trained import BASE_ARM
+from loralab.studies.study import Arm, StudySetup, Trial
+from loralab.studies.trained import BASE_ARM, SEARCH
 
 SHAPE, FACTOR, LOSS, BACK, TRIAL = "shape", "factor", "loss", "back", "cell"
 WORST = 1e6  # what Optuna is told of a run that diverged or failed
@@ -65,7 +64,7 @@ def _search(
     trial = tune.with_resources(
         tune.with_parameters(_tried, setup=setup.to_json(), threads=cluster.threads), cluster.resources
     )
-    seconds = own.deadline - time.monotonic()
+    seconds = own.pace.seconds_left
     with tempfile.TemporaryDirectory(prefix="loralab-tune-") as folder:
         tuner = tune.Tuner(
             trial,
@@ -111,13 +110,9 @@ def _tried(config: Mapping[str, Any], setup: Mapping[str, Any], threads: int) ->
     own = StudySetup.of(setup)
     shape = Arm(name=config[SHAPE], fields=dict(SHAPES)[config[SHAPE]])
     trial = first_round(own, with_factor(own, shape, config[FACTOR]))
-    back = measure_here(trial.to_json(), threads)
-    loss = math.inf
-    if back.record:
-        stored = json.loads(back.record)["record"]
-        loss = loss_of(Record(**{**stored, "arm": trial.arm}))
-    loss = loss if math.isfinite(loss) else WORST
-    library("ray.tune").report({LOSS: loss, BACK: back, TRIAL: trial.to_json()})
+    back = measure_here(trial, threads)
+    loss = math.inf if back.record is None else loss_of(back.record)
+    library("ray.tune").report({LOSS: loss if math.isfinite(loss) else WORST, BACK: back, TRIAL: trial.to_json()})
 
 
 def _writer(tune: Any, own: Session) -> Any:
@@ -133,8 +128,7 @@ def _writer(tune: Any, own: Session) -> Any:
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any) -> None:
             trial, back = Trial.of(result[TRIAL]), result[BACK]
             assert isinstance(back, RemoteResult)
-            folder = self.own.folder
-            record = received(trial, back, store.place_of(folder, trial), folder / store.LOG)
+            record = self.own.settle(trial, received(back, store.place_of(self.own.folder, trial)))
             self.own.tell(trial, record.status)
 
     return Writer(own)

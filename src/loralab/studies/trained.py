@@ -79,14 +79,18 @@ def searched(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 
 def probed(trial: Trial, folder: Path, tell: Tell) -> Record:
-    """Time a step and the scoring of a row on this machine."""
+    """Time a step, the scoring of a row and what forgetting takes on this machine."""
     run = trained(trial, folder, tell)
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
     started = time.perf_counter()
     few = score_on(run, "validation", limit=PROBE_ROWS)
     row = (time.perf_counter() - started) / max(1, few.rows)
+    scored = time.perf_counter()
+    general = forgetting.measured(run.base, run.task, trial.setup.general, (folder, trial)).numbers
+    times = {"forgetting_seconds": time.perf_counter() - scored, "general_seconds": general.get("general_seconds", 0.0)}
     atomic.remove_folder(folder / "run")
-    return Record(arm=trial.arm, seed=trial.seed, numbers={"step_seconds": step_seconds(events), "row_seconds": row})
+    numbers = {"step_seconds": step_seconds(events), "row_seconds": row, **times}
+    return Record(arm=trial.arm, seed=trial.seed, numbers=numbers)
 
 
 def trained(trial: Trial, folder: Path, tell: Tell) -> Run:
@@ -119,7 +123,7 @@ def scored(trial: Trial, run: Run, folder: Path) -> Record:
     size = sum(f.stat().st_size for f in (folder / "run").glob(TENSORS))
     validation = run.scores["validation"].metrics
     metric = trial.setup.metric or test.main
-    general = forgetting.measured(run.base, run.task, trial.setup.general)
+    general = forgetting.measured(run.base, run.task, trial.setup.general, (folder, trial))
     numbers = {
         "parameters": run.adapter.num_parameters,
         "file_bytes": size,
@@ -152,10 +156,20 @@ def scored(trial: Trial, run: Run, folder: Path) -> Record:
             "loss": [-loss for loss in test.row_losses],
             "validation": items_of(run.scores["validation"], metric),
             "validation_loss": list(run.scores["validation"].row_losses),
+            **({"majority": majority(run.task)} if metric == "accuracy" else {}),
             **general.items,
         },
         series={"loss": losses, "grad_norm": [float(e["grad_norm"]) for e in events]},
     )
+
+
+def majority(task: Task) -> list[float]:
+    """Return for every test row whether its label is the commonest one of train; none without labels."""
+    labels = [label for row in task.splits["train"] for label in catalog.labels_of(row)]
+    if not labels or any("label" not in row for row in task.splits["test"]):
+        return []
+    commonest = max(sorted(set(labels)), key=labels.count)
+    return [float(row["label"] == commonest) for row in task.splits["test"]]
 
 
 def score_on(run: Run, split: str, limit: int | None = None) -> Scores:
@@ -219,7 +233,7 @@ def untrained(trial: Trial, folder: Path, tell: Tell) -> Record:
     base = load_base(setup.model, task, precision, 0, image_size=setup.fields.get("image_size"))
     scores = score(base, task)
     metric = setup.metric or scores.main
-    general = forgetting.measured(base, task, setup.general)
+    general = forgetting.measured(base, task, setup.general, (folder, trial))
     numbers = {"score": scores.metrics[metric], "test_loss": scores.metrics["loss"], **general.numbers}
     return Record(
         arm=trial.arm,

@@ -20,7 +20,7 @@ ANSWERS = word_set("answer answers response responses output outputs completion 
 ANSWERS |= word_set("reply ref reference translation solution highlights chosen")
 QUESTIONS = word_set("prompt question query input instruction source")
 FORMATS_BY_PREFERENCE = ("messages", "tokens-tags", "text-label", "prompt-completion", "pair", "text")
-KIND_OF = {"messages": "conversation", "tokens": "list", "tags": "list"}
+KIND_OF = {"messages": "conversation", "tokens": "list", "tags": "list", "labels": "list"}
 CHOSEN_FIRST = ("label", "completion", "output")  # the answer, before what is left is the question
 
 
@@ -97,6 +97,9 @@ def answers_beside(mapping: Mapping[str, str], texts: Mapping[str, str], other: 
     if other.may_be_label:
         typed = mapping_option({**mapping, "label": other.name})
         ways.append(f"{typed} if {other.name!r} is the label")
+    if other.kind in ("amount", "number"):
+        typed = mapping_option({**mapping, "score": other.name})
+        ways.append(f"{typed} if {other.name!r} is a number to learn")
     if other.may_be_text and "text" in texts:
         rest = {name: own for name, own in mapping.items() if name != "text"}
         first, last = (texts["text"], other.name)
@@ -148,6 +151,8 @@ def _assigned(form: str, known: Mapping[str, str], free: Sequence[Profile]) -> d
 def _fits(column: str, other: Profile) -> bool:
     if column == "label":
         return other.may_be_label
+    if column == "score":
+        return other.kind == "amount"
     if column in KIND_OF:
         return other.kind == KIND_OF[column]
     words = words_of(other.name)

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loralab.errors import ConfigError, join_limited
-from loralab.tasks.encode import SUITED
+from loralab.errors import ConfigError
 from loralab.tasks.examples import IGNORED, Example, Ids
 
 POOL_BATCHES = 50  # effective batches that are sorted by length together
@@ -100,23 +99,18 @@ def collate(
         ConfigError: the kind of model is unknown.
         DataError: a picture cannot be read any more.
     """
-    if kind not in SUITED:
-        raise ConfigError(f"unknown kind of model {kind!r} ({join_limited(SUITED)})", code="unknown_kind", field="kind")
-    if kind == "image-classification":
-        pixels = [pictures.pixels(example.image.open()) for example in examples]
-        return {"pixel_values": torch.stack(pixels), "labels": _classes(examples)}
+    from loralab.tasks.kinds.registry import kind_named
+
+    return kind_named(kind).collate(examples, pad_id=pad_id, pictures=pictures, longest=longest)
+
+
+def texts_of(examples: Sequence[Example], pad_id: int, longest: int) -> dict[str, Tensor]:
+    """Return the texts of a batch: input_ids, attention_mask and, where the examples have them, token_type_ids."""
     ids, mask = padded([example.input_ids for example in examples], pad_id, longest)
     batch = {"input_ids": ids, "attention_mask": mask}
     if any(example.token_types for example in examples):
         batch["token_type_ids"], _ = padded([_types(example) for example in examples], 0, longest)
-    if kind == "sentence-encoder":
-        second, second_mask = padded([example.second for example in examples], pad_id, longest)
-        batch |= {"second_input_ids": second, "second_attention_mask": second_mask}
-        return batch | {"labels": torch.arange(len(examples))}
-    if kind == "sequence-classification":
-        return batch | {"labels": _classes(examples)}
-    labels, _ = padded([example.labels for example in examples], IGNORED, longest)
-    return batch | {"labels": labels}
+    return batch
 
 
 def pack(examples: Sequence[Example], *, size: int = 0, pad_id: int = 0) -> dict[str, Tensor]:
@@ -171,7 +165,7 @@ def _tokens(examples: Sequence[Example]) -> int:
     return sum(example.length for example in examples)
 
 
-def padded(rows: Sequence[Ids], value: int, longest: int = 0) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[float]], value: int, longest: int = 0) -> tuple[Tensor, Tensor]:
     """Return the rows of unequal length as (B, L), padded on the right, and a mask that is 1 on their own.
 
     L is that of the longest row, or the next multiple of 8 if that is not above `longest`.
@@ -184,10 +178,6 @@ def padded(rows: Sequence[Ids], value: int, longest: int = 0) -> tuple[Tensor, T
         filled[number, : len(row)] = torch.tensor(row, dtype=torch.long)
         mask[number, : len(row)] = 1
     return filled, mask
-
-
-def _classes(examples: Sequence[Example]) -> Tensor:
-    return torch.tensor([example.labels[0] for example in examples])
 
 
 def _types(example: Example) -> Ids:

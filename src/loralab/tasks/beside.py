@@ -14,11 +14,15 @@ from typing import Any
 from loralab.tasks.formats import is_empty
 
 MESSAGE_FIELD = "a field of a message"
+MARK_FIELDS = ("train", "training", "learn", "loss", "loss_mask", "weight")  # of an answer: whether it is learnt
+MARKS = {"0": False, "false": False, "1": True, "true": True}
 WITHOUT_ANSWER = ("text", "pair")  # without an answer: any other column may be it
-LABELLED = ("text-label", "pair-label", "image-label", "tokens-tags")
+AMOUNTS = ("text-score", "pair-score", "query-passage", "query-candidates")
+LABELLED = ("text-label", "pair-label", "image-label", "tokens-tags", "text-labels", "pair-labels", *AMOUNTS)
 ROWS_THAT_ANSWER = ("messages", "prompt-completion", "instruction")
 GENERATIVE = (*ROWS_THAT_ANSWER, MESSAGE_FIELD)
-PROMPTED = (*ROWS_THAT_ANSWER, "text-label", "pair-label")
+TEXTS = ("text-label", "pair-label", "text-labels", "pair-labels", "text-score", "pair-score")
+PROMPTED = (*ROWS_THAT_ANSWER, *TEXTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,7 @@ class ColumnKind:
         formats: that the kind matters to.
         neutral: values, in small letters, that ask for nothing else than what is done.
         learnt: whether it is about learning, and so without effect on what is never learnt.
+        canonical: the column that such a field is read as, if it is mapped to it.
     """
 
     words: str
@@ -38,16 +43,25 @@ class ColumnKind:
     formats: tuple[str, ...] = (*GENERATIVE, *LABELLED, *WITHOUT_ANSWER)
     neutral: tuple[str, ...] = ()
     learnt: bool = False
+    canonical: str = ""
 
 
 MEDIA = "image images picture pictures photo photos pixel audio audios speech video videos"
 MEDIA += " attachment attachments"
 COLUMN_KINDS = (
-    ColumnKind(words="tool tools toolcalls function functions", reason="tells of tools, which are not supported yet"),
+    ColumnKind(
+        words="tools functions",
+        canonical="tools",
+        reason="tells of tools, which are read from a column tools beside an answer",
+    ),
+    ColumnKind(
+        words="tool toolcalls function",
+        reason="tells of calls of tools, which are read from tool_calls of an assistant's message",
+    ),
     ColumnKind(
         words="reasoning reason thinking think thought thoughts rationale cot scratchpad monologue",
         formats=GENERATIVE,
-        reason="holds reasoning, which is not supported yet",
+        reason="holds reasoning, which is read from reasoning_content of an assistant's message",
     ),
     ColumnKind(
         words="finish_reason stop_reason",
@@ -82,20 +96,20 @@ COLUMN_KINDS = (
         words="weight weights",
         neutral=("1", "true"),
         learnt=True,
-        reason="weighs what is learnt, which is not supported yet",
+        reason="weighs what is learnt, and answers of a chat can be marked with 0 or 1 alone",
     ),
     ColumnKind(
         words="mask masked ignore ignored skip exclude excluded deleted discard discarded drop "
         "dropped removed invalid undesirable",
         neutral=("0", "false"),
         learnt=True,
-        reason="says what to leave unlearnt, which is not supported yet",
+        reason="says what to leave unlearnt, which is read from train, learn, loss or weight of a message",
     ),
     ColumnKind(
         words="train training trainable learn loss keep kept include included valid",
         neutral=("1", "true"),
         learnt=True,
-        reason="says whether to learn this, which is not supported yet",
+        reason="says whether to learn this, which is read from an assistant's message",
     ),
     ColumnKind(words=MEDIA, reason="holds more than text, which is not supported yet beside other columns"),
     ColumnKind(
@@ -110,17 +124,27 @@ COLUMN_KINDS = (
         reason="judges the answers, which would all be learnt as if they were good",
     ),
     ColumnKind(
-        words="score scores", formats=LABELLED, reason="stands beside the label, and only the label would be learnt"
+        words="score scores label labels",
+        formats=LABELLED,
+        reason="stands beside what is learnt, and would not be learnt",
     ),
     ColumnKind(
         words="system sys sysprompt preamble",
         formats=(*PROMPTED, *WITHOUT_ANSWER),
-        reason="is a system prompt, which is read as a message of the role system only",
+        canonical="system",
+        reason="is a system prompt, which is read from the column system, or as a message of that role",
     ),
     ColumnKind(
         words="developer instructions",
         formats=ROWS_THAT_ANSWER,
-        reason="tells how to answer, which is read as a message of the role system only",
+        canonical="system",
+        reason="tells how to answer, which is read from the column system, or as a message of that role",
+    ),
+    ColumnKind(
+        words="history previous",
+        formats=("prompt-completion", "instruction"),
+        canonical="history",
+        reason="is a part of the question, and is read from the column history, as pairs of question and answer",
     ),
     ColumnKind(
         words="history previous context contexts passage passages document documents choices options",
@@ -129,12 +153,12 @@ COLUMN_KINDS = (
     ),
     ColumnKind(
         words="input inputs instruction",
-        formats=("prompt-completion", "text-label", "pair-label"),
+        formats=("prompt-completion", *TEXTS),
         reason="is a part of the question, which would be asked without it",
     ),
     ColumnKind(
         words="question query text_a text_b text2 text_2 sentence2 sentence_2",
-        formats=("text-label",),
+        formats=("text-label", "text-labels", "text-score"),
         reason="is another text, and one is read beside a label; two are text_a and text_b",
     ),
 )
@@ -151,7 +175,7 @@ BOOKKEEPING = PLACES | IDENTIFIERS
 BOOKKEEPING |= word_set("link links source sources src origin dataset date dates time timestamp")
 BOOKKEEPING |= word_set("datetime created updated hash md5 sha sha1 sha256 checksum digest license")
 BOOKKEEPING |= word_set("licence version row line lineno meta metadata length len count")
-WHOLE_NAMES = word_set("num_tokens n_tokens num_chars n_chars")
+WHOLE_NAMES = word_set("num_tokens n_tokens num_chars n_chars num_tools n_tools tool_choice parallel_tool_calls")
 OF_TOOLS = re.compile(r"unnamed: \d+|(__)?index_level_\d+(__)?")  # an index that pandas writes
 CLASSES = word_set("label class category topic intent target sentiment emotion")
 MIN_REPEATED_ROWS = 10  # rows, from which on equal identifiers are a sign that they are classes
@@ -173,6 +197,11 @@ def reason_to_refuse(name: str, values: Iterable[Any], form: str, *, learnt: boo
     if not learnt and all(kind.learnt for kind in kinds):
         fine = {"0", "1", "false", "true"}
     return "" if all(is_empty(v) or _small(v) in fine for v in values) else kinds[0].reason
+
+
+def canonical_of(name: str, form: str) -> str:
+    """Return the column that a field of rows could be read as; "" if none."""
+    return next((kind.canonical for kind in kinds_of(name, form) if kind.canonical), "")
 
 
 @lru_cache(maxsize=1024)  # asked for every field of every message
@@ -199,6 +228,11 @@ def is_bookkeeping(name: str, values: Sequence[Any]) -> bool:
         few = len(values) >= MIN_REPEATED_ROWS and len(set(map(_small, values))) * 2 < len(values)
         return not few and not CLASSES & set(words)
     return _keeps_books(words)
+
+
+def mark_of(value: Any) -> bool | None:
+    """Return whether a mark says to learn an answer; None if it says something between."""
+    return MARKS.get(_small(value))
 
 
 def are_truths(values: Iterable[Any]) -> bool:

@@ -13,12 +13,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loralab.errors import ConfigError, DataError, join_limited, nearest
 from loralab.plugins import Registry
+from loralab.tasks.chat_options import DEFAULT, ChatOptions
 from loralab.tasks.formats import Row
 from loralab.tasks.read import DataTable, read
 from loralab.tasks.repeated import input_text, leaks, repetitions
@@ -36,7 +37,8 @@ class Task:
     `instruction` is what a language model is told before a text to classify; `leaked` counts the
     test rows whose input is also a train row, which can only happen with splits that the data
     brought along; `notes` name what the data holds and nothing uses, and inputs that are in several
-    rows with different labels or on both sides of a split, a line each.
+    rows with different labels or on both sides of a split, a line each. `chat` chooses the answers of
+    conversations that are learnt.
     """
 
     name: str
@@ -47,8 +49,18 @@ class Task:
     leaked: int = 0
     digest: str = ""
     notes: tuple[str, ...] = ()
+    chat: ChatOptions = DEFAULT
 
-    def encode(self, tokenizer: Any, split: str = "train", max_length: int = 512, *, kind: str = "") -> list[Any]:
+    def encode(
+        self,
+        tokenizer: Any,
+        split: str = "train",
+        max_length: int = 512,
+        *,
+        kind: str = "",
+        learn: str | None = None,
+        thoughts: str = "",
+    ) -> list[Any]:
         """Return the rows of a split as the model sees them (`tasks.examples.Example`).
 
         Each has `input_ids`, `labels` (-100 = not learnt) and `row`, its place in the split. A row
@@ -57,11 +69,14 @@ class Task:
         Args:
             kind: of the model, such as "sequence-classification"; empty for a language model,
                 or what alone learns from such rows.
+            learn: answers of a chat that are learnt, last, all or marked; None is the task's own choice.
+            thoughts: in answers: keep, mask or drop; empty is the task's own choice.
 
         Raises:
             InputError: there is no such split, or the rows do not suit the tokenizer or the kind.
         """
-        from loralab.tasks.encode import OWN_KINDS, encode, require_tokenizer
+        from loralab.tasks.encode import encode, require_tokenizer
+        from loralab.tasks.kinds.registry import kinds_for
 
         if split not in self.splits:
             raise ConfigError(
@@ -70,8 +85,9 @@ class Task:
                 field="split",
             )
         require_tokenizer(tokenizer)
-        kind = kind or OWN_KINDS.get(self.format, "causal-lm")
-        return encode(self, split, tokenizer, kind=kind, max_length=max_length).examples
+        kind = kind or kinds_for(self.format)[0].name
+        chat = ChatOptions(learn=learn or self.chat.learn, thoughts=thoughts or self.chat.thoughts)
+        return encode(replace(self, chat=chat), split, tokenizer, kind=kind, max_length=max_length).examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,8 +274,8 @@ def _owners(source: str, groups: Mapping[str, list[Row]], missing: list[str]) ->
 
 
 def labels_of(row: Row) -> list[str]:
-    """Return the classes that a row shows: one, those of its words, or none."""
-    return [row["label"]] if "label" in row else list(row.get("tags", ()))
+    """Return the classes that a row shows: one, those of its words, several, or none."""
+    return [row["label"]] if "label" in row else [*row.get("tags", ()), *row.get("labels", ())]
 
 
 def _json(content: Any) -> str:
@@ -285,7 +301,7 @@ def _labels(source: str, splits: Mapping[str, list[Row]]) -> tuple[str, ...]:
                     code="unknown_label",
                     field="label",
                 )
-    if len(labels) == 1:
+    if len(labels) == 1 and not any("labels" in row for row in splits["train"][:1]):
         raise DataError(
             f"{source} has only the label {labels[0]!r}; there is nothing to tell apart",
             code="one_label",

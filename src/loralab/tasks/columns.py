@@ -16,6 +16,7 @@ from loralab.tasks.advice import answers_beside, mapping_option, mappings_for, p
 from loralab.tasks.beside import (
     WITHOUT_ANSWER,
     are_truths,
+    canonical_of,
     is_bookkeeping,
     kinds_of,
     reason_to_refuse,
@@ -24,7 +25,7 @@ from loralab.tasks.beside import (
 )
 from loralab.tasks.encodings import inner_name
 from loralab.tasks.formats import FORMATS, IN_MESSAGES, SPLITS, DataPart, columns_of, is_conversation, is_empty
-from loralab.tasks.labels import NO_REGRESSION
+from loralab.tasks.label_shapes import LABEL, LABELS, SCORE, fits, reshaped
 
 SPLIT = "split"
 HELD_OUT = word_set("test testing val validation dev eval evaluation holdout held heldout")
@@ -40,6 +41,7 @@ class Columns:
         mapping: what the user has typed.
         own: canonical column -> the source's.
         unused: the other columns, in their order.
+        required: the canonical columns that every row fills.
         split: the column that says which split a row belongs to.
     """
 
@@ -47,13 +49,15 @@ class Columns:
     format: str
     own: Mapping[str, str]
     unused: tuple[str, ...]
+    required: tuple[str, ...]
     split: str | None = None
 
 
-def choose(part: DataPart, mapping: Mapping[str, str]) -> Columns:
+def choose(part: DataPart, mapping: Mapping[str, str], shape: str = LABEL) -> Columns:
     """Decide what the columns of a part mean.
 
     Args:
+        shape: what the column of labels holds in all parts (label_shapes.py).
         mapping: canonical column -> the source's own; a column, or `messages.` and a field of
             messages, -> "" to leave it out.
 
@@ -65,12 +69,16 @@ def choose(part: DataPart, mapping: Mapping[str, str]) -> Columns:
     renamed = {name: own for name, own in mapping.items() if own}
     _check_renamed(part.place, columns, renamed)
     free = [c for c in columns if c not in left_out and c not in renamed.values()]
-    known = {**{c: c for c in free if c not in renamed}, **renamed}
-    form = _format(part, mapping, known, free)
+    values = {c: [row.get(c) for _, row in part.rows] for c in free if c in (LABELS, SCORE)}
+    known = {**{c: c for c in free if c not in renamed and fits(c, values.get(c, ()))}, **renamed}
+    form = reshaped(_format(part, mapping, known, free), known, shape)
     if form == "messages" and "messages" not in known:
         known["messages"] = SHAREGPT
     required, optional = FORMATS[form]
+    if form == "prompt-completion" and _are_lists(part, known):
+        form, optional = "messages", FORMATS["messages"][1]
     own = {c: known[c] for c in (*required, *optional) if c in known}
+    own = {c: column for c, column in own.items() if c in (*required, *renamed) or _says_something(part, column)}
     if idle := sorted(renamed.keys() - own.keys() - {SPLIT}):
         typed = f"--map {idle[0]}={renamed[idle[0]]}"
         raise DataError(
@@ -85,7 +93,17 @@ def choose(part: DataPart, mapping: Mapping[str, str]) -> Columns:
     _check_beside(part, mapping, form, own, beside)
     read = {*own.values(), split}
     unused = tuple(c for c in columns if c not in read)
-    return Columns(mapping=mapping, format=form, own=own, split=split, unused=unused)
+    return Columns(mapping=mapping, format=form, own=own, split=split, unused=unused, required=required)
+
+
+def _says_something(part: DataPart, column: str) -> bool:
+    return any(not is_empty(row.get(column)) for _, row in part.rows)
+
+
+def _are_lists(part: DataPart, known: Mapping[str, str]) -> bool:
+    """Tell if prompts or completions are lists of messages, as trl has them."""
+    values = [row.get(known[column]) for _, row in part.rows for column in ("prompt", "completion")]
+    return any(map(is_conversation, values))
 
 
 def require_columns(source: str, parts: Iterable[DataPart], mapping: Mapping[str, str]) -> None:
@@ -104,7 +122,7 @@ def require_fields(source: str, parts: Iterable[DataPart], seen: Collection[str]
     """Check that every field of messages that `mapping` leaves out is there.
 
     Args:
-        seen: the fields that messages have beside role and content.
+        seen: all fields that messages have beside role and content.
 
     Raises:
         DataError: no message has such a field.
@@ -235,9 +253,10 @@ def _check_beside(
     if refused:
         first = next(iter(refused))
         whys = "; ".join(f"{c!r} {why}" for c, why in islice(refused.items(), MAX_PROPOSALS))
+        without = mapping_option(without_columns(mapping, refused))
+        read = _read_as(mapping, form, own, refused)
         raise DataError(
-            f"{part.place}: {whys}; remove {_it(refused)}, or use "
-            f"{mapping_option(without_columns(mapping, refused))} to train without",
+            f"{part.place}: {whys}; remove {_it(refused)}, or use {without} to train without{read}",
             code="unsupported_column",
             field=first,
         )
@@ -245,6 +264,13 @@ def _check_beside(
         unclear = [c for c, found in filled.items() if not (is_bookkeeping(c, found) or kinds_of(c, form))]
         if unclear:
             raise _question(part, mapping, own, unclear)
+
+
+def _read_as(mapping: Mapping[str, str], form: str, own: Mapping[str, str], refused: Iterable[str]) -> str:
+    """Return the option that has a column read in the place of one that is not there; "" if none could be."""
+    able = {canonical: column for column in refused if (canonical := canonical_of(column, form))}
+    able = {c: column for c, column in able.items() if c in FORMATS[form][1] and c not in own and c not in mapping}
+    return f", or {mapping_option({**mapping, **able})} to read {_it(able)}" if able else ""
 
 
 def _question(part: DataPart, mapping: Mapping[str, str], own: Mapping[str, str], unclear: Sequence[str]) -> DataError:
@@ -255,7 +281,7 @@ def _question(part: DataPart, mapping: Mapping[str, str], own: Mapping[str, str]
     if "text_a" in own:
         leave += ", so that every pair counts as alike"
     amounts = [other.name for other in looked if other.kind == "amount"]
-    hint = f" {amounts[0]!r} holds numbers; {NO_REGRESSION};" if amounts else ""
+    hint = f" {amounts[0]!r} holds numbers;" if amounts else ""
     return DataError(
         f"{part.place}: what is {join_limited(map(repr, unclear))} beside {' and '.join(own.values())}?"
         f"{hint} say {' or '.join([*filter(None, ways), leave])}",

@@ -6,26 +6,24 @@ is cut into one example an answer. The end-of-text token is always learnt, also 
 as padding: labels are masked by position, never by id.
 """
 
+import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
-from loralab.errors import ConfigError, DataError, format_value, join_limited, nearest
-from loralab.tasks.catalog import LABELLED, Task
-from loralab.tasks.examples import IGNORED, Encoded, Example, Ids
+from loralab.errors import ConfigError, DataError, format_value, join_limited
+from loralab.tasks.answered import Answered
+from loralab.tasks.catalog import Task
+from loralab.tasks.chats import Conversation, conversation_of, last_answer, require_choice, unread
+from loralab.tasks.examples import Encoded, Example, Ids
 from loralab.tasks.formats import FORMATS, Row
-from loralab.tasks.segments import Segment, ended, opening, samples, token_ids
-from loralab.tasks.turns import common_length, last_turn, turns, write
+from loralab.tasks.segments import ended, opening, samples, token_ids
+from loralab.tasks.turns import Said, last_turn, write
 
-Conversation = list[dict[str, str]]
-OWN_KINDS = {"image-label": "image-classification", "tokens-tags": "token-classification", "pair": "sentence-encoder"}
-SUITED: dict[str, tuple[str, ...]] = {  # kind of model -> formats that it learns from
-    "causal-lm": tuple(form for form in FORMATS if form not in OWN_KINDS),
-    "sequence-classification": LABELLED,
-    **{kind: (form,) for form, kind in OWN_KINDS.items()},
-}
+CALLED = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object"}}}
+CALL = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "f", "arguments": {}}}
+CALLING = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [CALL]})
 
 
 def encode(
@@ -52,26 +50,30 @@ def encode(
             code="out_of_range",
             field="max_length" if max_length < 2 else "loss_on",
         )
+    from loralab.tasks.kinds.registry import kind_named
+
     chosen = task.splits[split] if rows is None else rows
     require_suited(task, kind)
-    if kind != "causal-lm":
-        return _ENCODERS[kind](task, chosen, tokenizer, max_length)
+    return kind_named(kind).encode(task, split, chosen, tokenizer, max_length=max_length, loss_on=loss_on)
+
+
+def answered(task: Task, split: str, rows: Sequence[Row], tokenizer: Any, *, max_length: int, loss_on: str) -> Encoded:
+    """Return conversations, or whatever has an answer, as a language model learns them; or pieces of texts.
+
+    Raises:
+        DataError: no row is left.
+    """
     _require_eos(tokenizer)
     if task.format == "text":
-        return _texts(chosen, tokenizer, max_length)
-    found = _Answered(max_length=max_length, loss_on=loss_on)
-    for index, row in enumerate(chosen):
+        return _texts(rows, tokenizer, max_length)
+    require_choice(task, loss_on)
+    found = Answered(max_length=max_length, loss_on=loss_on, options=task.chat)
+    for index, row in enumerate(rows):
         with _placed(task, split, index):
-            found.take(index, samples(tokenizer, messages(task, row)))
-    if not found.examples:
-        raise DataError(
-            f"{task.name}: the answers of all {len(found.dropped)} {split} rows are cut off at "
-            f"{max_length} tokens (rows {join_limited((str(i + 1) for i in found.dropped), 5)}); "
-            f"the longest needs --max-length {found.longest}",
-            code="answers_cut_off",
-            field="max_length",
-        )
-    return found.encoded()
+            chat = conversation(task, row, tokenizer)
+            found.take(index, samples(tokenizer, chat), chat.answers)
+    encoded = found.encoded(task.name, split)
+    return replace(encoded, notes=(*encoded.notes, *unread(rows, tokenizer)))
 
 
 def require_tokenizer(tokenizer: Any) -> None:
@@ -95,22 +97,19 @@ def require_suited(task: Task, kind: str) -> None:
         ConfigError: there is no such kind.
         DataError: the rows are of another format.
     """
-    if kind not in SUITED:
-        raise ConfigError(
-            f"unknown kind of model {kind!r} ({join_limited(SUITED)}){nearest(kind, SUITED)}",
-            code="unknown_kind",
-            field="kind",
-        )
-    if task.format not in SUITED[kind]:
-        columns = " or ".join(", ".join(FORMATS[form][0]) for form in SUITED[kind])
-        hint = OWN_KINDS.get(task.format)
-        remedy = f"; such rows are for {hint}" if hint else ""
-        raise DataError(
-            f"{task.name} has {task.format} rows ({', '.join(FORMATS[task.format][0])}); "
-            f"{kind} needs {columns}{remedy}",
-            code="format_unsuited",
-            field="data",
-        )
+    from loralab.tasks.kinds.registry import kind_named, kinds_for
+
+    own = kind_named(kind)
+    if task.format in own.formats:
+        return
+    columns = " or ".join(", ".join(FORMATS[form][0]) for form in own.formats)
+    others = [other.name for other in kinds_for(task.format)]
+    raise DataError(
+        f"{task.name} has {task.format} rows ({', '.join(FORMATS[task.format][0])}); {kind} needs {columns}; such "
+        f"rows are for {join_limited(others)}",
+        code="format_unsuited",
+        field="data",
+    )
 
 
 def prompts(task: Task, split: str, tokenizer: Any) -> list[Ids]:
@@ -122,7 +121,8 @@ def prompt_ids(task: Task, row: Row, tokenizer: Any) -> Ids:
     """Return what the model sees of one row before it answers: all of it, for a plain text."""
     if task.format == "text":
         return token_ids(tokenizer, row["text"], special=True)
-    return opening(tokenizer, messages(task, row)[:-1])
+    chat = conversation(task, row, tokenizer)
+    return opening(tokenizer, chat.asked, chat.said.tools, chat.said.kwargs)
 
 
 def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
@@ -132,12 +132,17 @@ def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
 
 
 def answer(row: Row) -> str:
-    """Return the reference answer of a row: tags are joined by spaces."""
+    """Return the reference answer of a row: tags are joined by spaces, labels by commas."""
     if "messages" in row:
-        return str(row["messages"][-1]["content"])
+        last = last_answer(row["messages"])
+        return str(last["content"]) or json.dumps([call["function"] for call in last.get("tool_calls", ())])
     if "tags" in row:
         return " ".join(row["tags"])
-    columns = ("label", "completion", "output", "text_b")
+    if "labels" in row:
+        return ", ".join(row["labels"])
+    if "positive" in row:
+        return " | ".join(row["positive"])
+    columns = ("label", "score", "completion", "output", "text_b")
     return str(next((row[c] for c in columns if c in row), ""))
 
 
@@ -148,8 +153,9 @@ def answers(task: Task, split: str) -> list[str]:
 
 def answer_ids(task: Task, row: Row, tokenizer: Any, text: str) -> Ids:
     """Return the tokens of an answer as they stand after the row's prompt, end token included."""
-    chat = [*messages(task, row)[:-1], {"role": "assistant", "content": text}]
-    return ended(tokenizer, last_turn(tokenizer, chat).target)
+    chat = conversation(task, row, tokenizer)
+    asked = [*chat.asked, {"role": "assistant", "content": text}]
+    return ended(tokenizer, last_turn(tokenizer, asked, chat.said).target)
 
 
 def written_answer(task: Task, row: Row, tokenizer: Any) -> str:
@@ -157,10 +163,11 @@ def written_answer(task: Task, row: Row, tokenizer: Any) -> str:
 
     That may have the beginning of a thought already, or the template one of its own.
     """
-    chat = messages(task, row)
-    target = last_turn(tokenizer, chat).target
-    if target.lstrip().startswith(answer(row).strip()):
-        return answer(row)
+    chat = conversation(task, row, tokenizer)
+    last = chat.messages[len(chat.asked)]
+    target = last_turn(tokenizer, [*chat.asked, last], chat.said).target
+    if last.keys() == {"role", "content"} and target.lstrip().startswith(last["content"].strip()):
+        return str(last["content"])
     ids = ended(tokenizer, target)[:-1]
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
@@ -172,6 +179,9 @@ def stop_ids(tokenizer: Any) -> Ids:
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         stops.append(ended(tokenizer, write(tokenizer, turn))[-1])
+        with suppress(DataError):  # a template may refuse calls, and one without them ends nothing by them
+            called = last_turn(tokenizer, CALLING, Said(tools=[CALLED]))
+            stops.append(ended(tokenizer, called.target)[-1])
     return tuple(dict.fromkeys(stops))
 
 
@@ -186,82 +196,35 @@ def round_trip(task: Task, tokenizer: Any) -> None:
     if task.format == "text" or not task.splits["train"]:
         return
     with _placed(task, "train", 0):
-        turns(tokenizer, messages(task, task.splits["train"][0]))
+        samples(tokenizer, conversation(task, task.splits["train"][0], tokenizer))
 
 
-def messages(task: Task, row: Row) -> Conversation:
+def conversation(task: Task, row: Row, tokenizer: Any) -> Conversation:
+    """Return a row as the tokenizer's chat template reads it, with the answers that are learnt.
+
+    Raises:
+        DataError: the template cannot write what the row holds.
+    """
+    return conversation_of(row, messages(task, row), task.chat, tokenizer)
+
+
+def messages(task: Task, row: Row) -> list[dict[str, Any]]:
     """Return a row as a conversation that ends in the answer."""
     if task.format == "messages":
         return list(row["messages"])
-    return [{"role": "user", "content": _question(task, row)}, {"role": "assistant", "content": answer(row)}]
+    found = [{"role": "system", "content": row["system"]}] if "system" in row else []
+    for asked, reply in row.get("history", ()):
+        found += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+    return [*found, {"role": "user", "content": question(task, row)}, {"role": "assistant", "content": answer(row)}]
 
 
-def _question(task: Task, row: Row) -> str:
+def question(task: Task, row: Row) -> str:
+    """Return what a row with one answer asks."""
     if task.format == "prompt-completion":
         return str(row["prompt"])
     if task.format == "instruction":
         return "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    parts = ("text",) if task.format == "text-label" else ("text_a", "text_b")
-    return "\n\n".join([task.instruction, *(row[part] for part in parts)])
-
-
-@dataclass(kw_only=True)
-class _Answered:
-    """The examples of some conversations, and what was left out of them.
-
-    `longest` is the length of the longest example before it was cut; `cut_up` counts the rows whose
-    answers are examples of their own, `answers` those examples, `lost` those that do not fit.
-    """
-
-    max_length: int
-    loss_on: str
-    examples: list[Example] = field(default_factory=list)
-    dropped: list[int] = field(default_factory=list)
-    shortened: list[int] = field(default_factory=list)
-    longest: int = 0
-    cut_up: int = 0
-    answers: int = 0
-    lost: int = 0
-
-    def take(self, row: int, samples: Sequence[Sequence[Segment]]) -> None:
-        """Return the examples of one conversation, as many as there are samples."""
-        before: Ids = ()
-        kept = whole = 0
-        for segments in samples:
-            ids = sum((s.ids for s in segments), ())
-            labels = sum((s.ids if s.learnt else (IGNORED,) * len(s.ids) for s in segments), ())
-            self.longest = max(self.longest, len(ids))
-            if all(label == IGNORED for label in labels[1 : self.max_length]):
-                continue
-            if self.loss_on == "all":
-                known = common_length(before, ids)  # learnt in the example before this one
-                labels = (IGNORED,) * known + ids[known:]
-            cut = slice(self.max_length)
-            self.examples.append(Example(row, ids[cut], labels[cut]))
-            kept, whole, before = kept + 1, whole + (len(ids) <= self.max_length), ids
-        if not kept:
-            self.dropped.append(row)
-        elif whole < len(samples):
-            self.shortened.append(row)
-        if len(samples) > 1:
-            self.cut_up += 1
-            self.answers += len(samples)
-            self.lost += len(samples) - kept
-
-    def encoded(self) -> Encoded:
-        """Return all of it; a note counts what was cut up."""
-        note = (
-            f"{self.cut_up:,} conversations of {self.answers:,} answers: each answer is a sample "
-            "of its own, as the chat template writes earlier turns in another way"
-        )
-        if self.lost:
-            note += f"; {self.lost:,} of them do not fit in {self.max_length} tokens"
-        return Encoded(
-            examples=self.examples,
-            dropped=tuple(self.dropped),
-            shortened=tuple(self.shortened),
-            notes=(note,) if self.cut_up else (),
-        )
+    return "\n\n".join([task.instruction, *(row[part] for part in ("text", "text_a", "text_b") if part in row)])
 
 
 @contextmanager
@@ -296,67 +259,8 @@ def _texts(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
     return Encoded(examples=examples)
 
 
-def _classified(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    examples, shortened = [], []
-    for index, row in enumerate(rows):
-        texts = [row[c] for c in ("text", "text_a", "text_b") if c in row]
-        cut, short = _cut(tokenizer, texts, max_length)
-        if short:
-            shortened.append(index)
-        ids, types = cut["input_ids"], cut.get("token_type_ids") or ()
-        label = (task.labels.index(row["label"]),)
-        types = tuple(types) if any(types) else ()  # all 0 is what a model assumes
-        examples.append(Example(index, tuple(ids), label, token_types=types))
-    return Encoded(examples=examples, shortened=tuple(shortened))
-
-
-def _cut(tokenizer: Any, texts: Sequence[Any], max_length: int, **options: Any) -> tuple[Any, bool]:
+def cut_texts(tokenizer: Any, texts: Sequence[Any], max_length: int, **options: Any) -> tuple[Any, bool]:
     """Return texts as one input of at most `max_length` tokens; whether something was cut off."""
     full = len(tokenizer(*texts, verbose=False, **options)["input_ids"])
     cut = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False, **options)
     return cut, full > len(cut["input_ids"])
-
-
-def _tagged(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    """Put the tag of a word on its first piece."""
-    numbers = {tag: index for index, tag in enumerate(task.labels)}
-    examples, shortened = [], []
-    for index, row in enumerate(rows):
-        cut, short = _cut(tokenizer, [row["tokens"]], max_length, is_split_into_words=True)
-        if short:
-            shortened.append(index)
-        words = [None, *cut.word_ids()]
-        labels = tuple(
-            IGNORED if word is None or word == before else numbers[row["tags"][word]]
-            for before, word in pairwise(words)
-        )
-        kept = tuple(w for w, label in zip(cut.word_ids(), labels, strict=True) if label != IGNORED)
-        examples.append(Example(index, tuple(cut["input_ids"]), labels, words=kept))
-    return Encoded(examples=examples, shortened=tuple(shortened))
-
-
-def _pairs(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    """Return two texts that mean the same, each on its own."""
-    examples, shortened = [], []
-    for index, row in enumerate(rows):
-        texts = [_cut(tokenizer, [row[column]], max_length) for column in ("text_a", "text_b")]
-        if any(short for _, short in texts):
-            shortened.append(index)
-        first, second = (tuple(cut["input_ids"]) for cut, _ in texts)
-        examples.append(Example(index, first, (index,), second=second))
-    return Encoded(examples=examples, shortened=tuple(shortened))
-
-
-def _pictured(task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
-    numbers = {label: index for index, label in enumerate(task.labels)}
-    return Encoded(
-        examples=[Example(index, (), (numbers[row["label"]],), image=row["image"]) for index, row in enumerate(rows)]
-    )
-
-
-_ENCODERS = {
-    "sequence-classification": _classified,
-    "token-classification": _tagged,
-    "sentence-encoder": _pairs,
-    "image-classification": _pictured,
-}

@@ -5,6 +5,7 @@ from typing import Any
 
 IGNORED = -100
 Ids = tuple[int, ...]
+Labels = tuple[float, ...]  # whole numbers, but where amounts are learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Example:
 
     row: int
     input_ids: Ids
-    labels: Ids
+    labels: Labels
     token_types: Ids = ()
     second: Ids = ()
     words: Ids = ()

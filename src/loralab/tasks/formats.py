@@ -1,7 +1,9 @@
 """The formats that rows can have, and the parts that a source brings them in.
 
-    messages | prompt, completion | instruction, input, output | text, label
+    messages, system, tools | prompt, completion | instruction, input, output, history | text, label
     text_a, text_b, label | text_a, text_b | text | image, label | tokens, tags
+    text, labels | text, score | text_a, text_b, labels | text_a, text_b, score
+    query, passage, label | query, positive, negative
 
 A source is one or more parts: a file, a shard, a split of a hub data set. columns.py decides what
 the columns of a part mean, rows.py checks the values.
@@ -9,7 +11,7 @@ the columns of a part mean, rows.py checks the values.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,20 @@ from loralab.errors import DataError, join_limited
 Row = dict[str, Any]
 Numbered = list[tuple[int, Row]]  # line number (or row number) in the file, fields
 
+BESIDE = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name -> required, optional
-    "messages": (("messages",), ()),
-    "prompt-completion": (("prompt", "completion"), ()),
-    "instruction": (("instruction", "output"), ("input",)),
+    "messages": (("messages",), ("system", *BESIDE)),
+    "prompt-completion": (("prompt", "completion"), ("system", "history", *BESIDE)),
+    "instruction": (("instruction", "output"), ("input", "system", "history", *BESIDE)),
+    "query-candidates": (("query", "positive", "negative"), ()),
+    "query-passage": (("query", "passage", "label"), ()),
     "pair-label": (("text_a", "text_b", "label"), ()),
+    "pair-labels": (("text_a", "text_b", "labels"), ()),
+    "pair-score": (("text_a", "text_b", "score"), ()),
     "pair": (("text_a", "text_b"), ()),
     "text-label": (("text", "label"), ()),
+    "text-labels": (("text", "labels"), ()),
+    "text-score": (("text", "score"), ()),
     "image-label": (("image", "label"), ()),
     "tokens-tags": (("tokens", "tags"), ()),
     "text": (("text",), ()),
@@ -55,6 +64,7 @@ class DataPart:
         place: where the rows come from, for errors.
         folder: what the paths of pictures start from.
         unit: what errors count, "line" or "row".
+        filled: whether objects have every field of the table's, those that are not there as null.
     """
 
     split: str
@@ -62,6 +72,7 @@ class DataPart:
     folder: Path
     unit: str
     rows: Numbered
+    filled: bool = False
 
 
 def columns_of(rows: Numbered) -> list[str]:
@@ -95,7 +106,7 @@ def cleaned(part: DataPart) -> DataPart:
             field=twice[0],
         )
     rows = [(number, {names[key]: value for key, value in row.items()}) for number, row in part.rows]
-    return DataPart(part.split, part.place, part.folder, part.unit, rows)
+    return replace(part, rows=rows)
 
 
 def repeated(names: Iterable[str]) -> list[str]:

@@ -23,25 +23,13 @@ SHARPNESS = 20.0  # of cosines as logits: that of sentence-transformers' ranking
 
 
 def answer_loss(model: nn.Module, batch: Mapping[str, Tensor], kind: str) -> tuple[Tensor, int]:
-    """Return the summed cross-entropy in fp32 and how many labels it sums over; differentiable.
+    """Return the summed loss in fp32 and how many labels it sums over; differentiable.
 
-    Logits of a causal model are computed only where some row has a label, if the model can. An
-    encoder of sentences must find the partner of each first text among all second texts of the
-    batch (Henderson et al. 2017, arXiv:1705.00652): a single pair has loss 0 and teaches nothing.
+    Logits of a causal model are computed only where some row has a label, if the model can.
     """
-    labels = batch["labels"]
-    if kind == "causal-lm":
-        logits, labels, _ = labelled(model, batch)
-        logits = logits.float()
-    elif kind == "token-classification":
-        here = labels != IGNORED
-        logits, labels = call(model, batch)[here].float(), labels[here]
-    elif kind == "sentence-encoder":
-        losses = partner_losses(*embed_pairs(model, batch))
-        return losses.sum(), len(losses)
-    else:
-        logits = call(model, batch).float()
-    return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
+    from loralab.tasks.kinds.registry import kind_named
+
+    return kind_named(kind).loss(model, batch)
 
 
 def call(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Tensor:

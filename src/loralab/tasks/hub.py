@@ -50,7 +50,7 @@ def _loaded(called: str, source: str, load: Callable[[str], Any]) -> tuple[list[
         found = load(source)
         splits = {"train": found} if isinstance(found, Dataset) else found
         parts = [
-            DataPart(split, f"{source} ({own})", Path(), "row", list(enumerate(_rows(rows), start=1)))
+            DataPart(split, f"{source} ({own})", Path(), "row", list(enumerate(_rows(rows), start=1)), filled=True)
             for own, rows in splits.items()
             if (split := SPLITS.get(str(own)))
         ]

@@ -12,7 +12,7 @@ from loralab.tasks.formats import Row
 
 NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
 WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.0+)?")  # not 007, which is a name
-NO_REGRESSION = "numbers cannot be learnt yet (regression): write classes instead, such as low and high"
+AS_SCORE = "say --map score={} to learn them as numbers (regression)"
 ABSENT = ("nan", "none", "null", "n/a", "na", "<na>", "?")
 TRUTHS = {"false": "0", "true": "1"}
 MAX_UNQUESTIONED_CLASSES = 20  # classes that are numbers, without a question
@@ -96,8 +96,8 @@ def _require_classes(source: str, labels: list[str], rows: int) -> None:
     fractions = [label for label, number in numbers.items() if not number.is_integer()]
     if fractions and 2 * len(numbers) > len(labels):
         raise DataError(
-            f"{source}: the label {fractions[0]!r} is a number that is not whole; {NO_REGRESSION}, "
-            f"or if it is a name, one such as {'v' + fractions[0]!r}",
+            f"{source}: the label {fractions[0]!r} is a number that is not whole; {AS_SCORE.format('label')}, "
+            f"or if it is a name, write one such as {'v' + fractions[0]!r}",
             code="label_is_a_number",
             field="label",
         )
@@ -107,7 +107,7 @@ def _require_classes(source: str, labels: list[str], rows: int) -> None:
     if len(labels) < MIN_FILLED_SHARE * span or rows < ROWS_EACH * len(labels):
         raise DataError(
             f"{source}: {len(labels)} different numbers are the labels of {rows} rows; "
-            f"{NO_REGRESSION}, or if they are classes, names such as {'class ' + labels[0]!r}",
+            f"{AS_SCORE.format('label')}, or if they are classes, write names such as {'class ' + labels[0]!r}",
             code="label_is_a_number",
             field="label",
         )

@@ -14,10 +14,12 @@ from loralab.errors import DataError, join_limited, nearest
 from loralab.tasks.advice import mapping_option, without_columns
 from loralab.tasks.columns import Columns, checked_mapping, choose, require_columns, require_fields, split_named
 from loralab.tasks.containers import is_saved, list_folder, shard_of
-from loralab.tasks.formats import IN_MESSAGES, MAX_LISTED, SPLITS, DataPart, Row, cleaned
+from loralab.tasks.formats import FORMATS, IN_MESSAGES, MAX_LISTED, SPLITS, DataPart, Row, cleaned
 from loralab.tasks.hub import from_hub, from_saved
+from loralab.tasks.label_shapes import SCORE, label_shape
 from loralab.tasks.labels import absent, alike, settled
 from loralab.tasks.memory import MEMORY, from_memory
+from loralab.tasks.messages import FieldNames
 from loralab.tasks.pictures import folder_of_pictures, other_files
 from loralab.tasks.readers import READERS, is_data_file, read_file
 from loralab.tasks.rows import rows_of
@@ -121,28 +123,31 @@ def _table(source: str, parts: list[DataPart], unread: Iterable[str], mapping: M
     splits: dict[str, list[Row]] = {}
     formats: dict[str, str] = {}
     unused: dict[str, None] = {}
-    seen: set[str] = set()
+    names = FieldNames()
     notes: list[str] = []
+    shape = label_shape(parts, mapping)
     for part in parts:
-        columns = choose(part, mapping)
+        columns = choose(part, mapping, shape)
         formats[part.place] = columns.format
         unused |= dict.fromkeys(columns.unused)
         for own in _by_split(part, columns, alone=len(parts) == 1):
-            splits.setdefault(own.split, []).extend(rows_of(own, columns, seen))
-    require_fields(source, parts, seen, mapping)
+            splits.setdefault(own.split, []).extend(rows_of(own, columns, names))
+    require_fields(source, parts, names.there, mapping)
     if len(set(formats.values())) > 1:
         raise DataError(f"{source}: the splits have different columns: {formats}", code="splits_differ")
     if len(parts) == 1 and len(splits) > 1:
         counts = ", ".join(f"{split} {len(rows)}" for split, rows in splits.items())
         notes.append(f"splits as the data has them in a column: {counts}")
     splits = settled(source, splits)
+    if SCORE in FORMATS[columns.format][0]:
+        notes.append(f"{columns.own[SCORE]} is learnt as a number; --map {columns.own[SCORE]}= leaves it out")
     return DataTable(
         source=source,
         format=next(iter(formats.values())),
         splits=splits,
         notes=(
             *_named("not read", unread),
-            *_named("not used", [*unused, *(IN_MESSAGES + name for name in sorted(seen))]),
+            *_named("not used", [*unused, *(IN_MESSAGES + name for name in names.unused)]),
             *notes,
             *filter(None, [alike(splits), absent(splits)]),
         ),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def read_file(file: Path, split: str) -> tuple[list[DataPart], list[str]]:
         found, unread = reader(file)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}", code="cannot_read") from None
-    return parts_of(str(file), found, split, file.parent), unread
+    parts = parts_of(str(file), found, split, file.parent)
+    return [replace(part, filled=reader is _parquet) for part in parts], unread
 
 
 def parts_of(place: str, tables: Parts, split: str, folder: Path) -> list[DataPart]:

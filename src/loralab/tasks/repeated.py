@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from loralab.errors import join_limited, one_line
 from loralab.tasks.formats import Row
 
-ANSWERS = ("label", "completion", "output", "tags")
+ANSWERS = ("label", "labels", "score", "completion", "output", "tags", "passage", "positive", "negative")
+LEARNT = ("label", "labels", "score", "tags")
 SHOWN = 60  # characters of an input that a note shows
 Splits = Mapping[str, Sequence[Row]]
 
@@ -14,7 +15,8 @@ Splits = Mapping[str, Sequence[Row]]
 def input_text(row: Row) -> str:
     """Return what a row asks, without the answer."""
     if "messages" in row:
-        return json.dumps(row["messages"][:-1], ensure_ascii=False)
+        tools = "\x1f" + json.dumps(row["tools"], ensure_ascii=False) if "tools" in row else ""
+        return json.dumps(row["messages"][:-1], ensure_ascii=False) + tools
     return "\x1f".join(str(value) for column, value in row.items() if column not in ANSWERS)
 
 
@@ -35,7 +37,7 @@ def repetitions(splits: Splits, leaked: Mapping[str, Sequence[str]]) -> list[str
     labels: dict[str, dict[str, None]] = {}
     for rows in splits.values():
         for row in rows:
-            if (label := row.get("label", row.get("tags"))) is not None:
+            if (label := next((row[c] for c in LEARNT if c in row and "query" not in row), None)) is not None:
                 labels.setdefault(input_text(row), {})[str(label)] = None
     several = {text: found for text, found in labels.items() if len(found) > 1}
     if several:

@@ -4,59 +4,104 @@ Labels that are whole numbers or truth values become their text. Every row must 
 fields, filled. The `image` of a row is a path, seen from the file, or the picture's own bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loralab.errors import DataError, format_value, join_limited
+from loralab.tasks.beside_messages import beside, with_system
 from loralab.tasks.columns import Columns
-from loralab.tasks.formats import FORMATS, DataPart, Numbered, Row, is_empty
-from loralab.tasks.labels import NO_REGRESSION
-from loralab.tasks.messages import conversation, text_in
+from loralab.tasks.formats import BESIDE, DataPart, Numbered, Row, is_conversation, is_empty
+from loralab.tasks.label_shapes import LABELS, SCORE, labels_in, score_in
+from loralab.tasks.labels import AS_SCORE
+from loralab.tasks.messages import FieldNames, Reading, conversation, require_answer, text_in
 from loralab.tasks.pictures import PictureFile, from_bytes, from_file
 
+CANDIDATES = ("query-passage", "query-candidates")
 
-def rows_of(part: DataPart, columns: Columns, seen: set[str]) -> list[Row]:
+
+def rows_of(part: DataPart, columns: Columns, names: FieldNames) -> list[Row]:
     """Return the rows with the columns of their format alone.
 
     Args:
-        seen: gets the fields of messages that have no effect.
+        names: gets the fields of messages.
 
     Raises:
         DataError: a row lacks something, or holds what no row of its format can.
     """
-    required, _ = FORMATS[columns.format]
-    own = columns.own
+    own, reading = columns.own, Reading(mapping=columns.mapping, names=names, filled=part.filled)
+    required = columns.required
     picked = [
         (number, {c: v for c in own if not is_empty(v := row.get(own[c])) or c in required})
         for number, row in part.rows
     ]
     _check_filled(part, picked, required)
-    return [_checked(part, number, row, columns, seen) for number, row in picked]
+    return [_checked(part, number, row, columns, reading) for number, row in picked]
 
 
 def _check_filled(part: DataPart, rows: Numbered, required: Sequence[str]) -> None:
     for column in required:
-        if empty := [number for number, row in rows if is_empty(row[column])]:
+        none_is_fine = column == LABELS  # no label applies
+        if empty := [n for n, row in rows if is_empty(row[column]) and not (none_is_fine and row[column] == [])]:
             places = f"{part.unit} {join_limited(map(str, empty), 5)}"
             raise DataError(
                 f"{part.place}: {column!r} is missing or empty in {places}", code="missing_value", field=column
             )
 
 
-def _checked(part: DataPart, number: int, row: Row, columns: Columns, seen: set[str]) -> Row:
+def _checked(part: DataPart, number: int, row: Row, columns: Columns, reading: Reading) -> Row:
     place = f"{part.place}, {part.unit} {number}"
     if columns.format == "image-label":
         picture = _picture(place, row["image"], part.folder)
         return {"image": picture, "label": _label(place, row["label"])}
     if columns.format == "tokens-tags":
         return _tagged(place, row)
+    more = beside(place, row)
+    texts = {column: value for column, value in row.items() if column not in (*more, *BESIDE, "history")}
     if columns.format == "messages":
-        return {"messages": conversation(place, row["messages"], columns.mapping, seen)}
-    return {
-        column: _label(place, value) if column == "label" else text_in(place, repr(column), value)
-        for column, value in row.items()
-    }
+        found = _messages(place, row, reading)
+        if "system" in texts:
+            found = with_system(place, text_in(place, "'system'", texts["system"]), found)
+        return {"messages": found, **more}
+    if columns.format in CANDIDATES:
+        return _candidates(place, row, columns.own)
+    return {column: _value(place, column, value, columns.own[column]) for column, value in texts.items()} | more
+
+
+def _value(place: str, column: str, value: Any, own: str) -> Any:
+    if column == "label":
+        return _label(place, value)
+    if column == LABELS:
+        return sorted({_label(place, one) for one in labels_in(place, value)})
+    if column == SCORE:
+        return score_in(place, own, value)
+    return text_in(place, repr(column), value)
+
+
+def _candidates(place: str, row: Row, own: Mapping[str, str]) -> Row:
+    """Return a query with what answers it and what does not; or with one passage, and how well that answers."""
+    query = text_in(place, "'query'", row["query"])
+    if "passage" in row:
+        score = score_in(place, own["label"], int(row["label"]) if isinstance(row["label"], bool) else row["label"])
+        return {"query": query, "passage": text_in(place, "'passage'", row["passage"]), SCORE: score}
+    found: Row = {"query": query}
+    for column in ("positive", "negative"):
+        values = row[column] if isinstance(row[column], list) else [row[column]]
+        found[column] = [text_in(place, repr(column), value) for value in values]
+    return found
+
+
+def _messages(place: str, row: Row, reading: Reading) -> list[dict[str, Any]]:
+    """Return a conversation; of a prompt and a completion that are lists, only answers of the latter are learnt."""
+    if "messages" in row:
+        return conversation(place, row["messages"], reading)
+    parts = []
+    for column, role in (("prompt", "user"), ("completion", "assistant")):
+        value = row[column] if is_conversation(row[column]) else [{"role": role, "content": row[column]}]
+        parts.append(conversation(f"{place}, {column}", value, reading, answered=False))
+    asked = [{**message, "learn": False} if message["role"] == "assistant" else message for message in parts[0]]
+    require_answer(place, found := [*asked, *parts[1]])
+    return found
 
 
 def _picture(place: str, value: Any, folder: Path) -> PictureFile:
@@ -104,9 +149,9 @@ def _label(place: str, value: Any) -> str:
         return text_in(place, "'label'", value).strip()
     remedy = ""
     if isinstance(value, float):
-        remedy = f"; {NO_REGRESSION}"
+        remedy = f"; {AS_SCORE.format('label')}"
     elif isinstance(value, list):
-        remedy = "; several labels a row cannot be learnt yet"
+        remedy = "; several labels a row are a column labels, a list in every row"
     raise DataError(
         f"{place}: a label must be text or a whole number, found {format_value(value)}{remedy}",
         code="label_is_a_number" if isinstance(value, float) else "not_a_label",

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import encode, prompt_ids
+from loralab.tasks.encode import require_suited
 from loralab.tasks.examples import Ids
-from loralab.tasks.forward import call, embed
+from loralab.tasks.kinds.images import PICTURE_SIDE
+from loralab.tasks.kinds.kind import MAX_POSITIONS, SAMPLE_TOKENS
+from loralab.tasks.kinds.registry import kind_named
 
-VISION = "image-classification"
-SAMPLES, TOKENS = 8, 64
-PICTURE_SIDE = 16  # pixels of a small picture, in three colours
-MAX_POSITIONS = 16  # at the end of each text
+__all__ = ["MAX_POSITIONS", "SAMPLES", "TOKENS", "outputs", "patterns", "sample_batch", "sample_inputs"]
+SAMPLES, TOKENS = 8, SAMPLE_TOKENS
 
 
 def sample_inputs(task: Task, tokenizer: Any, *, kind: str, split: str = "validation") -> list[Ids]:
@@ -27,13 +27,8 @@ def sample_inputs(task: Task, tokenizer: Any, *, kind: str, split: str = "valida
     Raises:
         DataError: the format does not suit the model.
     """
-    rows = task.splits[split][:SAMPLES]
-    if kind == VISION:
-        return [_small(row["image"].open()) for row in rows]
-    if kind == "causal-lm":
-        return [prompt_ids(task, row, tokenizer)[-TOKENS:] for row in rows]
-    encoded = encode(task, split, tokenizer, kind=kind, max_length=TOKENS, rows=rows)
-    return [example.input_ids for example in encoded.examples]
+    require_suited(task, kind)
+    return kind_named(kind).sample(task, split, task.splits[split][:SAMPLES], tokenizer)
 
 
 def patterns() -> list[Ids]:
@@ -45,13 +40,7 @@ def patterns() -> list[Ids]:
 
 def sample_batch(sample: Sequence[int], *, kind: str, tokenizer: Any) -> dict[str, Tensor]:
     """Return one sample as a batch of one row."""
-    if kind == VISION:
-        from PIL import Image
-
-        image = Image.frombytes("RGB", (PICTURE_SIDE, PICTURE_SIDE), bytes(sample))
-        return {"pixel_values": tokenizer.pixels(image)[None]}
-    ids = torch.tensor([list(sample)])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return kind_named(kind).sample_batch(sample, tokenizer)
 
 
 @torch.no_grad()
@@ -64,11 +53,4 @@ def outputs(model: nn.Module, sample: Sequence[int], *, kind: str, tokenizer: An
     device = next(model.parameters()).device
     batch = sample_batch(sample, kind=kind, tokenizer=tokenizer)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    found = embed(model, batch) if kind == "sentence-encoder" else call(model, batch)
-    if kind in ("causal-lm", "token-classification"):
-        found = found[0, -MAX_POSITIONS:]
-    return found.float().cpu()
-
-
-def _small(image: Any) -> Ids:
-    return tuple(image.convert("RGB").resize((PICTURE_SIDE, PICTURE_SIDE)).tobytes())
+    return kind_named(kind).outputs(model, batch).float().cpu()

@@ -10,6 +10,7 @@ from loralab.tasks.encode import encode
 from loralab.tasks.examples import Encoded
 from loralab.tasks.formats import Row
 from loralab.tasks.forward import places, require_known
+from loralab.tasks.kinds.registry import kind_named
 
 
 def scorable(
@@ -28,9 +29,7 @@ def scorable(
         InputError: `evaluate` could not score them.
     """
     rows = _chosen(task, split, limit)
-    room = max_length or context_length(model)
-    if kind not in ("causal-lm", "image-classification"):
-        room = min(room, tokenizer.model_max_length)
+    room = kind_named(kind).room(max_length or context_length(model), tokenizer)
     encoded = encode(task, split, tokenizer, kind=kind, max_length=room, rows=rows)
     _require_whole(task, split, encoded, room, kind)
     require_known(model, tokenizer, (ids for e in encoded.examples for ids in e.texts))
@@ -59,7 +58,7 @@ def _chosen(task: Task, split: str, limit: int | None) -> list[Row]:
 def _require_whole(task: Task, split: str, encoded: Encoded, room: int, kind: str) -> None:
     """Refuse to leave anything out of a score; a classifier reads what fits, as in training."""
     lost = sorted({*encoded.dropped, *encoded.shortened})
-    if lost and kind == "causal-lm":
+    if lost and kind_named(kind).must_fit:
         numbers = join_limited((str(row + 1) for row in lost), 5)
         raise DataError(
             f"{task.name}: {len(lost)} {split} rows are longer than {room} tokens, all that the "

@@ -15,6 +15,7 @@ from loralab.errors import DataError, format_value, join_limited, nearest
 from loralab.tasks import catalog
 from loralab.tasks.catalog import Task, labels_of
 from loralab.tasks.formats import Row
+from loralab.tasks.label_shapes import BY_SHAPE, SCORE, score_in
 from loralab.tasks.memory import MEMORY
 from loralab.tasks.read import DataTable
 
@@ -62,6 +63,8 @@ def choose(
         DataError: the data cannot be read or split, or shows classes that the adapter lacks.
     """
     table, question = catalog.table_of(data, mapping)
+    if learnt is not None:
+        table = _in_shape_of(learnt, table)
     if learnt is None:
         split = split or "test"
         classes = data.labels if isinstance(data, Task) else ()
@@ -123,6 +126,31 @@ def _in_order(labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(labels, key=float) if numbers else sorted(labels))
 
 
+def _in_shape_of(learnt: Learnt, table: DataTable) -> DataTable:
+    """Return rows whose labels are amounts where the adapter has learnt amounts.
+
+    Raises:
+        DataError: a label is no number, or the adapter has learnt classes and these are amounts.
+    """
+    usual = next((form for form, others in BY_SHAPE.items() if others[SCORE] == learnt.format), None)
+    if usual is not None and usual == table.format:
+
+        def numbered(row: Row) -> Row:
+            rest = {column: value for column, value in row.items() if column != "label"}
+            return {**rest, SCORE: score_in(table.source, "label", row["label"])}
+
+        splits = {name: [numbered(row) for row in rows] for name, rows in table.splits.items()}
+        return replace(table, format=learnt.format, splits=splits)
+    if BY_SHAPE.get(learnt.format, {}).get(SCORE) == table.format:
+        raise DataError(
+            f"{table.source} has labels that are amounts, and the adapter was trained on classes: "
+            f"{join_limited(learnt.labels)}",
+            code="unknown_labels",
+            field="label",
+        )
+    return table
+
+
 def _in_terms_of(learnt: Learnt, table: DataTable, question: str) -> tuple[DataTable, str, list[str]]:
     """Return labelled rows in the adapter's classes, its question, and what is to be said of that."""
     if not learnt.labels:
@@ -154,8 +182,8 @@ def _renamed(table: DataTable, labels: Sequence[str]) -> DataTable:
         return names[label if label in names else _plain(label)]
 
     def renamed(row: Row) -> Row:
-        if "tags" in row:
-            return {**row, "tags": [named(tag) for tag in row["tags"]]}
+        for column in {"tags", "labels"} & row.keys():
+            return {**row, column: [named(one) for one in row[column]]}
         return {**row, "label": named(row["label"])} if "label" in row else row
 
     if unknown := [one for one in _labels_in(table) if not {one, _plain(one)} & names.keys()]:

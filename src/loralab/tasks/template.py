@@ -69,6 +69,7 @@ def render(
     tokens: Mapping[str, Any],
     now: datetime | None = None,
     tools: Sequence[Mapping[str, Any]] = (),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """Write a conversation as text.
 
@@ -77,6 +78,7 @@ def render(
         tokens: the special tokens by their names, such as bos_token.
         now: the time that a template may write; None is the present.
         tools: functions that the next answer may call.
+        kwargs: values of variables of the template's own.
 
     Raises:
         Exception: whatever a template can raise, jinja's errors and Python's.
@@ -84,7 +86,7 @@ def render(
     compiled = _compiled(template)
     messages = [dict(message) for message in chat]
     _allowance.begin(sum(map(_length, [*(text for message in messages for text in message.values()), *tools])))
-    values = {**tokens, "messages": messages, "tools": list(tools) or None, "documents": None}
+    values = {**tokens, **(kwargs or {}), "messages": messages, "tools": list(tools) or None, "documents": None}
     values["strftime_now"] = _clock(now or datetime.now())
     return compiled.render(**values, add_generation_prompt=prompt)
 

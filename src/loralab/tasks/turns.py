@@ -8,32 +8,18 @@ the answer itself and the end of turn. Where neither is certain the row is refus
 """
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NoReturn
 
 from loralab.errors import DataError
 from loralab.tasks.template import render
+from loralab.tasks.thoughts import FIELDS, FIRSTS, THOUGHTS, has_one_thought, thought_at_the_end, tight
+from loralab.tasks.tools import names_of, unwritten
 
 Chat = Sequence[Mapping[str, Any]]  # texts; calls of tools are objects
 Tokens = tuple[tuple[str, str], ...]  # special tokens: what each is for, and its text
-THOUGHTS = (  # how thoughts begin and end
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<seed:think>", "</seed:think>"),
-    ("<longcat_think>", "</longcat_think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<|channel>thought", "<channel|>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("◁think▷", "◁/think▷"),
-)
-FIRSTS = tuple(first for first, _ in THOUGHTS)
-MARK = re.compile(f"({'|'.join(re.escape(mark) for pair in THOUGHTS for mark in pair)})")
 STAND_IN = "answer-7f3a9c"  # for an answer, where all that a template writes around it is wanted
 MAX_TEMPLATE_ANSWER = 40  # characters of an answer that may stand in what the template writes itself
 MAX_QUOTED_ANSWER = 40  # characters of an answer in an error
@@ -47,39 +33,49 @@ class Turn:
     target: str
 
 
-def turns(tokenizer: Any, chat: Chat) -> list[Turn]:
-    """Return every answer of a conversation, in order.
+@dataclass(frozen=True)
+class Said:
+    """What a chat template is told beside the messages: tools, and values of its own variables."""
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+NOTHING = Said()
+
+
+def turns(tokenizer: Any, chat: Chat, said: Said = NOTHING, learnt: Sequence[int] | None = None) -> list[Turn]:
+    """Return answers of a conversation, in order.
+
+    Args:
+        learnt: their places; None is every answer.
 
     Raises:
         DataError: the chat template refuses the conversation, or an answer cannot be learnt.
     """
-    answered = (i for i, message in enumerate(chat) if message["role"] == "assistant")
-    return [last_turn(tokenizer, chat[: i + 1]) for i in answered]
+    if learnt is None:
+        learnt = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+    return [last_turn(tokenizer, chat[: i + 1], said) for i in learnt]
 
 
-def last_turn(tokenizer: Any, chat: Chat) -> Turn:
+def last_turn(tokenizer: Any, chat: Chat, said: Said = NOTHING) -> Turn:
     """Return the answer that ends a conversation.
 
     Raises:
         DataError: the chat template refuses the conversation, or the answer cannot be learnt.
     """
     now = datetime.now()  # one for both, or a template with a clock may write two different ones
-    prompt = write(tokenizer, chat[:-1], prompt=True, now=now)
+    prompt = write(tokenizer, chat[:-1], prompt=True, now=now, said=said)
     if not tokenizer.chat_template:
         return Turn(prompt, chat[-1]["content"])
-    whole = write(tokenizer, chat, now=now)
-    return Turn(prompt, _Answer(tokenizer, chat, prompt, now).target(whole))
+    whole = write(tokenizer, chat, now=now, said=said)
+    return Turn(prompt, _Answer(tokenizer, chat, prompt, now, said).target(whole))
 
 
 def write(
-    tokenizer: Any,
-    chat: Chat,
-    *,
-    prompt: bool = False,
-    now: datetime | None = None,
-    tools: Sequence[Mapping[str, Any]] = (),
+    tokenizer: Any, chat: Chat, *, prompt: bool = False, now: datetime | None = None, said: Said = NOTHING
 ) -> str:
-    """Return a conversation as text; `prompt` opens the next answer, which may call `tools`.
+    """Return a conversation as text; `prompt` opens the next answer, which may call tools.
 
     Without `prompt` none is opened, also where the template always does.
 
@@ -90,13 +86,47 @@ def write(
         return "".join(_spaced(message["content"]) for message in chat)
     try:
         template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        text = render(template, chat, prompt=prompt, tokens=tokens, now=now, tools=tools)
+        text = render(template, chat, prompt=prompt, tokens=tokens, now=now, tools=said.tools, kwargs=said.kwargs)
         return text if prompt else text.removesuffix(_needless_opening(template, _texts(tokens)))
     except Exception as error:  # jinja's own errors, and whatever a template raises
         what = f"the row {chat[0]['content'][:MAX_QUOTED_ANSWER]!r}" if chat else "an answer to nothing"
         raise DataError(
             f"the chat template refuses {what}: {error}", code="template_refuses_row", field="chat_template"
         ) from None
+
+
+def require_written(tokenizer: Any, chat: Chat, said: Said, prompt: str) -> None:
+    """Require that a chat template writes the tools and every message that is no answer.
+
+    Args:
+        chat: the messages before an answer.
+        prompt: what the template makes of them.
+
+    Raises:
+        DataError: it leaves one out.
+    """
+    now = datetime.now()
+    if said.tools and write(tokenizer, chat, prompt=True, now=now) == write(
+        tokenizer, chat, prompt=True, now=now, said=said
+    ):
+        raise DataError(
+            f"the chat template does not write tools, and the row has {names_of(said.tools)}; use --map tools= to "
+            "train without, or a model whose template does",
+            code="tools_not_written",
+            field="tools",
+        )
+    for place, message in enumerate(chat):
+        if message["role"] == "assistant" or message["content"].strip() in prompt:
+            continue
+        other = [*chat[:place], {**message, "content": STAND_IN}, *chat[place + 1 :]]
+        same = write(tokenizer, chat, prompt=True, now=now, said=said)
+        if same == write(tokenizer, other, prompt=True, now=now, said=said):
+            raise DataError(
+                f"the chat template does not write the {message['role']} message "
+                f"{message['content'][:MAX_QUOTED_ANSWER]!r}; remove it, or use a model whose template does",
+                code="message_not_written",
+                field="chat_template",
+            )
 
 
 def common_length(one: Sequence[object], other: Sequence[object]) -> int:
@@ -113,6 +143,7 @@ class _Answer:
     chat: Chat
     prompt: str
     now: datetime
+    said: Said
 
     @property
     def text(self) -> str:
@@ -120,6 +151,8 @@ class _Answer:
 
     def target(self, whole: str) -> str:
         """Return what must follow the prompt; `whole` is the conversation as the template writes it."""
+        if self.chat[-1].keys() & {"tool_calls", *FIELDS}:
+            return self._of_parts(whole)
         if whole.startswith(self.prompt):
             target = whole[len(self.prompt) :]
             if self._is_held(target):
@@ -127,32 +160,61 @@ class _Answer:
             return self._put_together(target)
         return self._put_together("")
 
+    def _of_parts(self, whole: str) -> str:
+        """Return the same of an answer that is more than a text: all its parts must be written."""
+        message, (first, last, ended) = self.chat[-1], thought_at_the_end(self.prompt)
+        thought = next((message[name].strip() for name in FIELDS if message.get(name)), "")
+        if not whole.startswith(self.prompt):
+            if first and ended and thought:
+                self._refuse_second(first, last)
+            if first and not ended and not thought:
+                self._refuse_open(first, last)
+            self._refuse_changed()
+        target = whole[len(self.prompt) :]
+        text = self._shown() + target
+        for first, last in THOUGHTS:
+            if text.count(first) > text.count(last):
+                self._refuse_open(first, last)
+        unheld = [part for part in (thought, self.text) if tight(part) not in tight(text)]
+        if left_out := next(iter(unheld), "") or unwritten(message.get("tool_calls", ()), target):
+            self._refuse_part(left_out)
+        return target
+
+    def _refuse_part(self, part: str) -> NoReturn:
+        raise DataError(
+            f"the chat template does not write {part[:MAX_QUOTED_ANSWER]!r} of an answer that has "
+            f"{', '.join(name for name in self.chat[-1] if name not in ('role', 'learn'))}; remove it from the row, or "
+            "use a model whose template does",
+            code="part_not_written",
+            field="chat_template",
+        )
+
     def _is_held(self, target: str) -> bool:
         """Return whether a target holds the answer as it is, but for the space around thoughts."""
         shown, (lead, end) = self._shown(), _usual_frame(self.tokenizer)
         usual = target.startswith(lead) and target.endswith(end)
         if usual and target[len(lead) : len(target) - len(end)].strip() == self.text.strip():
-            return not shown + lead or _has_one_thought(_tight(shown + lead), _tight(self.text))
-        text, answer = _tight(shown + target), _tight(self.text)
+            return not shown + lead or has_one_thought(tight(shown + lead), tight(self.text))
+        text, answer = tight(shown + target), tight(self.text)
         if len(answer) < MAX_TEMPLATE_ANSWER and text.count(answer) <= self._markup(shown).count(answer):
             return False
         before, found, _ = text.rpartition(answer)
-        return bool(found) and _has_one_thought(before, answer)
+        return bool(found) and has_one_thought(before, answer)
 
     def _shown(self) -> str:
         """Return the thought that the prompt ends in, which a model would go on with; or none."""
-        first, last, ended = _thought_at_the_end(self.prompt)
+        first, last, ended = thought_at_the_end(self.prompt)
         return first + last * ended
 
     def _markup(self, shown: str) -> str:
         """Return all that the template writes of an answer, but the answer."""
         before, _, after = self._around()
-        return _tight(shown + before.removeprefix(self.prompt) + after)
+        return tight(shown + before.removeprefix(self.prompt) + after)
 
     def _around(self) -> tuple[str, str, str]:
         """Return the whole before the answer, a stand-in for it or nothing, and the whole after it."""
         stand_in = {"role": "assistant", "content": STAND_IN}
-        whole = write(self.tokenizer, [*self.chat[:-1], stand_in], now=self.now)
+        whole = write(self.tokenizer, [*self.chat[:-1], stand_in], now=self.now, said=self.said)
         return whole.rpartition(STAND_IN)
 
     def _put_together(self, target: str) -> str:
@@ -164,7 +226,7 @@ class _Answer:
         before, found, after = self._around()
         if not found:
             self._refuse_changed()
-        first, last, ended = _thought_at_the_end(self.prompt)
+        first, last, ended = thought_at_the_end(self.prompt)
         if first and ended:
             return self._after_an_ended_thought(first, last) + after
         if first:
@@ -178,19 +240,12 @@ class _Answer:
     def _within_a_thought(self, first: str, last: str) -> str:
         own = self.text.lstrip()
         if last not in own:
-            opening = repr(self._opening()[-80:].strip())
-            raise DataError(
-                f"the chat template begins every answer with a thought ({opening}), and the "
-                f"answer {self._quoted()} does not end it with {last}: give each answer a thought "
-                f"({first} ... {last}, it may be empty), or take the thought out of the template",
-                code="thought_left_open",
-                field="chat_template",
-            )
+            self._refuse_open(first, last)
         if not own.startswith(first):
             return self.text
         rest, space = own[len(first) :], _space_after(self.prompt)
         rest = rest[len(space) :] if rest.startswith(space) else rest.lstrip()
-        if not _has_one_thought(first, _tight(rest)):
+        if not has_one_thought(first, tight(rest)):
             self._refuse_second(first, last)
         return rest
 
@@ -234,7 +289,7 @@ class _Answer:
 
     def _opening(self) -> str:
         """Return all that the template writes to open the answer."""
-        asked = write(self.tokenizer, self.chat[:-1], now=self.now)
+        asked = write(self.tokenizer, self.chat[:-1], now=self.now, said=self.said)
         return self.prompt[common_length(self.prompt, asked) :]
 
     def _require_cut_thought(self, lead: str, target: str) -> None:
@@ -246,17 +301,27 @@ class _Answer:
         own = self.text.lstrip()
         for first, last in THOUGHTS:
             _, ended, answer = own.rpartition(last)
-            if own.startswith(first) and ended and _tight(answer) in _tight(target):
-                if not _has_one_thought(_tight(lead), _tight(own)):
+            if own.startswith(first) and ended and tight(answer) in tight(target):
+                if not has_one_thought(tight(lead), tight(own)):
                     self._refuse_second(first, last)
                 return
         self._refuse_changed()
 
+    def _refuse_open(self, first: str, last: str) -> NoReturn:
+        opening = repr(self._opening()[-80:].strip())
+        raise DataError(
+            f"the chat template begins every answer with a thought ({opening}), and the "
+            f"answer {self._quoted()} does not end it with {last}: give each answer a thought "
+            f"({first} ... {last}, it may be empty), or take the thought out of the template",
+            code="thought_left_open",
+            field="chat_template",
+        )
+
     def _refuse_second(self, first: str, last: str) -> NoReturn:
         raise DataError(
             f"the chat template writes a thought of its own ({first} ... {last}) in front of an "
-            f"answer, and the answer {self._quoted()} brings another; take it out of the answers, "
-            "or out of the template",
+            f"answer, and the answer {self._quoted()} brings another; take it out of the answers "
+            "(--thoughts drop), or out of the template",
             code="second_thought",
             field="chat_template",
         )
@@ -316,36 +381,6 @@ def _frame(template: str, tokens: Tokens) -> tuple[str, str]:
         return STAND_IN, STAND_IN
     known = found and before.startswith(prompt)
     return (before[len(prompt) :], end) if known else (STAND_IN, STAND_IN)
-
-
-def _thought_at_the_end(prompt: str) -> tuple[str, str, bool]:
-    """Return the marks of the thought that a prompt ends in, and whether it is ended; else empty ones."""
-    text = prompt.rstrip()
-    for first, last in THOUGHTS:
-        if text.endswith((first, last)):
-            return first, last, text.endswith(last)
-    return "", "", False
-
-
-def _has_one_thought(before: str, answer: str) -> bool:
-    """Return whether what a template writes before an answer leaves no thought open, and none is doubled.
-
-    Both are tight.
-    """
-    for first, last in THOUGHTS:
-        opened, ended = before.count(first), before.count(last)
-        if (opened or ended) and answer.startswith(FIRSTS):
-            return False
-        if opened > ended and last not in answer:
-            return False
-        if opened == ended > 0 and last in answer.partition(first)[0]:
-            return False
-    return True
-
-
-def _tight(text: str) -> str:
-    """Return a text without space around thoughts' marks and at its ends."""
-    return "".join(part.strip() for part in MARK.split(text))
 
 
 def _space_after(text: str) -> str:

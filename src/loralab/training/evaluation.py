@@ -17,12 +17,14 @@ from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.given import Given, given, restored_after
 from loralab.models.identity import as_trained
+from loralab.models.kinds import LEARNERS
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
 from loralab.tasks import score
 from loralab.tasks.catalog import Task
-from loralab.tasks.encode import chat_ids
+from loralab.tasks.chat_options import LEARN, THOUGHTS, ChatOptions
+from loralab.tasks.kinds.registry import kind_named
 from loralab.tasks.score import Scores
 from loralab.tasks.scored import Learnt, choose
 from loralab.training.objects import base_for, plain_name
@@ -62,9 +64,11 @@ def evaluate(
     task, split = choose(
         data, learnt, mapping=mapping, seed=evaluation.seed, split=evaluation.split, limit=evaluation.limit
     )
+    task = replace(task, chat=evaluation.chat(_chat(record)))
     seed = learnt.seed if learnt is not None else evaluation.seed or 0
     size = record.get("base", {}).get("image_size")
-    with restored_after(own), _scored(name, own, task, stored, evaluation, seed, size) as base:
+    kind = evaluation.kind or _learnt_kind(record, task)
+    with restored_after(own), _scored(name, own, task, stored, evaluation, seed, size, kind) as base:
         scores = score.evaluate(
             base.model,
             base.tokenizer,
@@ -88,6 +92,7 @@ def _scored(
     evaluation: Evaluation,
     seed: int,
     size: int | None,
+    kind: str | None,
 ) -> Iterator[Base]:
     """Yield a base for the rows of a task, for a while with an adapter in it.
 
@@ -98,10 +103,10 @@ def _scored(
     how = quantization(evaluation.quantize, stored)
     if own is not None:
         require_unpacked(own, how, evaluation.precision, stored)
-        base = base_for(own, task, size)
+        base = base_for(own, task, size, kind)
     else:
         precision = _precision(evaluation.precision, stored)
-        base = load_base(name, task, precision, seed, quantize=how, image_size=size)
+        base = load_base(name, task, precision, seed, quantize=how, image_size=size, wanted=kind)
         add_tokens(base, new_tokens(stored))
     with _adapted(base, stored) as asked:
         yield asked
@@ -138,6 +143,13 @@ def _record(stored: AdapterFolder | None, name: str, own: Given | None) -> Mappi
     return merged_record(name) if own is None else {}
 
 
+def _learnt_kind(record: Mapping[str, Any], task: Task) -> str | None:
+    """Return the kind that an adapter was trained as, where it learns from such rows; None where the rows decide."""
+    learners = LEARNERS.get(task.format, ())
+    asked = (record.get("training", {}).get("kind"), record.get("base", {}).get("kind"))
+    return next((kind for kind in asked if kind in learners), None)
+
+
 def _learnt(record: Mapping[str, Any], name: str, own: Given | None) -> Learnt:
     """Return what a record says about the training data."""
     task, kind = record.get("task", {}), record.get("base", {}).get("kind")
@@ -147,9 +159,16 @@ def _learnt(record: Mapping[str, Any], name: str, own: Given | None) -> Learnt:
         source=task.get("name") or "",
         labels=tuple(map(str, task.get("labels") or ())),
         seed=record.get("training", {}).get("seed") or 0,
-        asks=kind == "causal-lm",
+        asks=kind_named(kind).asks,
         **texts,
     )
+
+
+def _chat(record: Mapping[str, Any]) -> ChatOptions:
+    """Return what was learnt of conversations, as a record says."""
+    known = {"learn": LEARN, "thoughts": THOUGHTS}
+    stored = record.get("training", {})
+    return ChatOptions(**{name: stored[name] for name, values in known.items() if stored.get(name) in values})
 
 
 def generate(
@@ -193,7 +212,8 @@ def generate(
         base = _asked(name, own, stored, precision)
         for who, folder_of in [*answering, *zip(map(str, adapters), stored, strict=True)]:
             with _adapted(base, folder_of) as asked:
-                ids = [chat_ids(asked.tokenizer, prompt, system=system) for prompt in prompts]
+                own_kind = kind_named(asked.kind)
+                ids = [own_kind.prompt_ids(asked.tokenizer, prompt, system) for prompt in prompts]
                 texts = score.generate(
                     asked.model, asked.tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
                 )
@@ -207,7 +227,8 @@ def _asked(name: str, own: Given | None, stored: Sequence[AdapterFolder], precis
     how = quantization("auto", *stored)
     if own is not None:
         require_unpacked(own, how, precision, *stored)
-        base = own.base("causal-lm")
+        base = own.base()
+        _require_writer(own.name, base.kind)
         base.model.to(device_here())
         return base
     base = _generator(name, _precision(precision, *stored))
@@ -274,14 +295,19 @@ def new_tokens(*stored: AdapterFolder | None) -> tuple[str, ...]:
 
 
 def _generator(name: str, precision: str) -> Base:
-    if models.natural_kind(name) != "causal-lm":
+    kind = models.natural_kind(name)
+    _require_writer(name, kind)
+    dtype: torch.dtype = models.parse_dtype(resolve_precision(precision))
+    base = models.load(name, kind=kind, dtype=dtype)
+    base.model.to(device_here())
+    return base
+
+
+def _require_writer(name: str, kind: str) -> None:
+    if not kind_named(kind).writes:
         raise ConfigError(
             f"{name} is not a language model; it can be evaluated, not asked", code="not_generative", field="model"
         )
-    dtype: torch.dtype = models.parse_dtype(resolve_precision(precision))
-    base = models.load(name, kind="causal-lm", dtype=dtype)
-    base.model.to(device_here())
-    return base
 
 
 @contextmanager

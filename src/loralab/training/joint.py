@@ -7,7 +7,7 @@ Axes: N tokens, H hidden, B rows, L tokens of a padded row, V vocabulary.
 """
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.grouped import Bank, Span
 from loralab.tasks.batches import pack, padded
 from loralab.tasks.examples import IGNORED, Example
-from loralab.tasks.forward import call, embed, labelled, partner_losses, second_of
+from loralab.tasks.forward import embed, second_of
+from loralab.tasks.kinds.registry import kind_named
 from loralab.training.fast.attention import Packing
 from loralab.training.fast.forward_path import (
     ForwardPath,
@@ -116,7 +117,7 @@ class Joint:
 
     def groups(self, parts: Sequence[JobRows], max_tokens: int) -> list[list[JobRows]]:
         """Return parts that go through the model at once, as many as fit."""
-        if self.path.kind == "image-classification":
+        if kind_named(self.path.kind).pictures:
             max_tokens = MAX_PICTURES
         pads = self.path.mode != "packed"
         if pads:
@@ -210,24 +211,29 @@ class Joint:
         for part in parts:
             spans.append(Span(part.key, start, start + len(part.examples)))
             start += len(part.examples)
-        kind = self.path.kind
+        kind = kind_named(self.path.kind)
         rows = [slice(span.start, span.stop) for span in spans if span.key is not None]
+        if kind.embeds:
+            return self._embedded_losses(parts, spans, batch, rows)
         with self._routed(spans, parts):
-            if kind == "sentence-encoder":
-                first = embed(self.model, batch)
-            elif kind == "causal-lm":
-                logits, labels, of_row = labelled(self.model, batch)
-            else:
-                logits, labels = call(self.model, batch), batch["labels"]
-        if kind == "sentence-encoder":
-            with self._routed(spans, parts, second=True):
-                second = embed(self.model, second_of(batch))
-            return [partner_losses(first[own], second[own]).sum() for own in rows]
-        if kind == "causal-lm":
-            owns = [(own.start <= of_row) & (of_row < own.stop) for own in rows]
-            return [_summed(logits[own], labels[own]) for own in owns]
+            outputs, labels, of_row = kind.labelled(self.model, batch)
         classes = [p.path.model.config.num_labels for p in parts if p.key is not None]
-        return [_summed(logits[own][..., :count], labels[own]) for own, count in zip(rows, classes, strict=True)]
+        losses = []
+        for own, count in zip(rows, classes, strict=True):
+            here = (own.start <= of_row) & (of_row < own.stop)
+            losses.append(kind.summed(*kind.of_job(outputs[here], labels[here], count)))
+        return losses
+
+    def _embedded_losses(
+        self, parts: Sequence[JobRows], spans: Sequence[Span], batch: Mapping[str, Tensor], rows: Sequence[slice]
+    ) -> list[Tensor]:
+        """Return the losses of pairs of texts, each read on its own, beside those of their own job."""
+        with self._routed(spans, parts):
+            first = embed(self.model, batch)
+        with self._routed(spans, parts, second=True):
+            second = embed(self.model, second_of(batch))
+        kind, labels = kind_named(self.path.kind), batch["labels"]
+        return [kind.pair_losses(first[own], second[own], labels[own]).sum() for own in rows]
 
     @contextlib.contextmanager
     def _routed(self, spans: Sequence[Span], parts: Sequence[JobRows] = (), *, second: bool = False) -> Iterator[None]:
@@ -312,14 +318,14 @@ class _Dropout(nn.Module):
 
 def trial_rows(key: Hashable, path: ForwardPath, examples: Sequence[Example]) -> JobRows:
     """Return rows on which a job is compared: noise, or pictures of its own."""
-    if path.kind == "image-classification":
+    if kind_named(path.kind).pictures:
         return JobRows(key, path, examples[:2])
     return JobRows(key, path, noise(path.model, path.kind))
 
 
 def _widths(part: JobRows) -> tuple[int, int]:
     """Return the number of tokens of a padded row of a part alone; and of second texts. 0 where there is none."""
-    if part.path.kind == "image-classification":
+    if kind_named(part.path.kind).pictures:
         return 0, 0
     longest = 0 if part.path.mode == "plain" else part.path.longest
     first, second = ([getattr(e, name) for e in part.examples] for name in ("input_ids", "second"))
@@ -340,9 +346,3 @@ def _by_frozen_head(head: Any, states: Tensor, targets: Tensor, heres: Sequence[
     where = F.pad(where, (0, filling), value=len(targets) - 1)  # no target there
     losses = token_losses(states[where], head.weight, head.bias, targets[where])
     return [own.sum() for own in losses.split([*map(len, heres), filling])[:-1]]
-
-
-def _summed(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over all that carries a label; logits (..., V), labels (...)."""
-    here = labels != IGNORED
-    return F.cross_entropy(logits[here].float(), labels[here], reduction="sum")

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from loralab.adapters.adapter import Adapter
 from loralab.errors import LearningError, join_limited
 from loralab.tasks.batches import Batches
-from loralab.tasks.examples import IGNORED, Example
+from loralab.tasks.examples import Example
 from loralab.tasks.forward import answer_loss
+from loralab.tasks.kinds.registry import kind_named
 from loralab.tasks.score import Scores
 from loralab.training import checkpoint, learning
 from loralab.training.checkpoint import Progress, Trained
@@ -258,11 +259,8 @@ def is_better(main: str, new: Mapping[str, float], old: Mapping[str, float]) -> 
 
 
 def labelled_tokens(example: Example, kind: str) -> int:
-    """Count the labels of a row that carry loss; the first token of a text is never predicted."""
-    if kind == "sentence-encoder":
-        return 1  # which of the other texts is its partner
-    labels = example.labels[1:] if kind == "causal-lm" else example.labels
-    return sum(label != IGNORED for label in labels)
+    """Count the labels of a row that carry loss."""
+    return kind_named(kind).count(example)
 
 
 def _least_scale(trained: Trained) -> float:

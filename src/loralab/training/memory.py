@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from loralab.adapters.adapter import Adapter
 from loralab.errors import ConfigError
 from loralab.tasks.examples import Example
+from loralab.tasks.kinds.registry import kind_named
 from loralab.training.fast.forward_path import ForwardPath
 
 GRADIENT_BYTES = 8  # of a trained number: its gradient, and its start to compare with
@@ -156,7 +157,7 @@ def _put_together_bytes(model: nn.Module) -> int:
 
 
 def _workspace(path: ForwardPath, device: torch.device) -> int:
-    if path.kind == "image-classification":
+    if kind_named(path.kind).pictures:
         return 0  # one shape
     return WORKSPACE_BYTES if path.mode == "packed" or device.type != "cpu" else PADDED_WORKSPACE_BYTES
 

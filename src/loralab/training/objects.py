@@ -46,13 +46,13 @@ def require_usable(training: Training) -> None:
             raise ConfigError(f"{name} would change a live model itself; {remedy}", code="live_model", field=name)
 
 
-def base_for(own: Given, task: Task, image_size: int | None = None) -> Base:
+def base_for(own: Given, task: Task, image_size: int | None = None, kind: str | None = None) -> Base:
     """Return a live model for the rows of a task, on the device that is computed on.
 
     Raises:
         InputError: it cannot learn from such rows.
     """
-    base = own.base(labels=task.labels, image_size=image_size)
+    base = own.base(own.kind_for(task.format, kind), labels=task.labels, image_size=image_size)
     require_suited(task, base.kind)
     base.model.to(device_here())
     return base

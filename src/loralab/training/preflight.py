@@ -22,12 +22,14 @@ from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
+from loralab.models.template_values import with_template_values
 from loralab.models.tokens import add_tokens
 from loralab.tasks import catalog, encode
 from loralab.tasks.batches import Batches
 from loralab.tasks.catalog import Task, content_digest
 from loralab.tasks.examples import Encoded
 from loralab.tasks.forward import require_known, require_places
+from loralab.tasks.kinds.registry import kind_named
 from loralab.tasks.samples import sample_inputs
 from loralab.tasks.scorable import scorable
 from loralab.training import checkpoint, memory
@@ -43,7 +45,6 @@ from loralab.values import read_toml
 
 CONFIG = "config.toml"
 CHOSEN_FIELDS = ("pass_tokens", "gradient_checkpointing", "checkpoint_blocks")  # by a memory budget
-HEADED_KINDS = ("sequence-classification", "token-classification", "image-classification")
 
 
 Loader = Callable[[Request, Task], Base]
@@ -83,7 +84,7 @@ def load_for(request: Request, task: Task, device: torch.device | None = None) -
     """Return the model that a run needs; `device` if not the one that it computes on."""
     training = request.training
     if request.given is not None:
-        return base_for(request.given, task, training.image_size)
+        return base_for(request.given, task, training.image_size, training.kind)
     return load_base(
         request.model,
         task,
@@ -92,6 +93,7 @@ def load_for(request: Request, task: Task, device: torch.device | None = None) -
         quantize=training.quantize,
         image_size=training.image_size,
         device=device,
+        wanted=training.kind,
     )
 
 
@@ -107,7 +109,8 @@ def prepare(
     """
     training = request.training
     task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
-    base = (load or _own_base)(request, task)
+    task = replace(task, chat=training.chat)
+    base = with_template_values((load or _own_base)(request, task), training.chat_template_kwargs)
     adapter = _attached(request, base)
     with detached_after(base, adapter, on_error_alone=True):
         return _ready(request, task, base, adapter, load, encoding)
@@ -193,8 +196,7 @@ def _encoded(task: Task, base: Base, training: Training, encoding: Callable[...,
 
     The first evaluation is late, and what it would refuse can be known now.
     """
-    if base.kind == "causal-lm":
-        encode.round_trip(task, base.tokenizer)
+    kind_named(base.kind).check(task, base.tokenizer)
     encoded = encoding(
         task, "train", base.tokenizer, kind=base.kind, max_length=training.max_length, loss_on=training.loss_on
     )
@@ -218,16 +220,18 @@ def load_base(
     quantize: str = "none",
     image_size: int | None = None,
     device: torch.device | None = None,
+    wanted: str | None = None,
 ) -> Base:
     """Return the model for a task, of the kind that its rows ask for, on the device, packed if asked to.
 
     Args:
         device: None is the one that runs here compute on.
+        wanted: kind that it shall be; None is the usual one for such rows.
 
     Raises:
         ModelError: there is no such model, or it cannot learn from such rows.
     """
-    kind = models.kind_for(name, task.format)
+    kind = models.kind_for(name, task.format, wanted)
     dtype = models.parse_dtype(resolve_precision(precision))
     base = models.load(name, kind=kind, dtype=dtype, labels=task.labels, seed=seed, image_size=image_size)
     base.model.to(device or device_here())
@@ -238,7 +242,7 @@ def load_base(
 
 def with_head(method: AnyMethod, base: Base) -> AnyMethod:
     """Add a new classification head to the trained modules; it would stay random otherwise."""
-    if base.kind not in HEADED_KINDS:
+    if not kind_named(base.kind).headed:
         return method
     heads = [name for name, _ in base.model.named_children() if name in HEADS]
     heads += [name for name in base.new if _is_alone(name, base.model, heads)]

@@ -16,8 +16,8 @@ from loralab.artefacts.temporary_base import base_folder
 from loralab.models.device import device_here
 from loralab.models.given import restored_after
 from loralab.models.load import Base
-from loralab.tasks import encode
 from loralab.tasks.catalog import Task
+from loralab.tasks.kinds.registry import kind_named
 from loralab.tasks.score import Scores, evaluate
 from loralab.training import checkpoint, memory, preflight
 from loralab.training.checkpoint import Progress, Trained
@@ -292,7 +292,7 @@ def _announce(prepared: PreparedRun, training: Training, progress: Progress, rec
         notes.append(_rows("left out, their answer does not fit", encoded.dropped, training))
     if encoded.shortened:
         notes.append(_rows("cut at the end", encoded.shortened, training))
-    if prepared.path.mode != "packed" and prepared.base.kind == "causal-lm":
+    if prepared.path.mode != "packed" and kind_named(prepared.base.kind).packs:
         notes.append(f"rows are padded: {prepared.path.refused.get('packed', 'on this device')}")
     if training.memory_budget is not None:
         blocks = training.checkpoint_blocks or 0
@@ -333,7 +333,7 @@ def record_of(request: Request, prepared: PreparedRun, progress: Progress, score
             **{name: prepared.facts[name] for name in ("chat_template", "eos_token")},
             "digest": prepared.facts["tokenizer"],
             "new_tokens": list(request.training.new_tokens),
-            "stop_ids": list(encode.stop_ids(base.tokenizer)) if base.kind == "causal-lm" else [],
+            "stop_ids": list(kind_named(base.kind).stop_ids(base.tokenizer)),
         },
         "method": {"name": fields["method"], **asdict(request.method)},
         "training": asdict(request.training),

@@ -4,10 +4,12 @@ Standard library only: the command line builds its flags and its help from these
 """
 
 import math
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 from loralab.errors import ConfigError
+from loralab.tasks.chat_options import KWARGS_TEXT, LEARN_TEXT, THOUGHTS_TEXT, ChatOptions, require_kwargs
 from loralab.values import check_choice, check_count, parse_bytes
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -27,6 +29,11 @@ class Training:
     """
 
     learning_rate: Annotated[float | None, "peak learning rate of AdamW (default: the method's)"] = None
+    kind: Annotated[
+        str | None,
+        "kind of model, where the rows suit several: causal-lm, sequence-classification, seq2seq, scored-pairs, "
+        "regression (default: what model and rows are usually)",
+    ] = None
     epochs: Annotated[int, "passes over the training rows, unless max_steps is given"] = 1
     max_steps: Annotated[int | None, "optimiser steps; overrides epochs"] = None
     batch_size: Annotated[int, "rows in one forward pass"] = 8
@@ -55,6 +62,9 @@ class Training:
     weight_decay: Annotated[float, "AdamW's decoupled weight decay"] = 0.0
     max_grad_norm: Annotated[float, "gradients are clipped to this norm; 0 disables clipping"] = 1.0
     loss_on: Annotated[str, "tokens with loss: the answer, or all"] = "answer"
+    learn: Annotated[str | None, LEARN_TEXT] = None
+    thoughts: Annotated[str, THOUGHTS_TEXT] = "keep"
+    chat_template_kwargs: Annotated[Mapping[str, Any], KWARGS_TEXT] = field(default_factory=dict)
     by_length: Annotated[bool, "batch rows of similar length, for less padding"] = True
     evaluate_every: Annotated[
         int | None, "steps between evaluations on the validation rows (default: only at the end)"
@@ -100,6 +110,13 @@ class Training:
         check_choice("loss_on", self.loss_on, LOSS_ON)
         check_choice("gradient_checkpointing", self.gradient_checkpointing, CHECKPOINTING)
         self._check_memory()
+        require_kwargs(self.chat_template_kwargs)
+        _ = self.chat
+
+    @property
+    def chat(self) -> ChatOptions:
+        """Return the choice of what is learnt of conversations."""
+        return ChatOptions(learn=self.learn, thoughts=self.thoughts)
 
     def _check_memory(self) -> None:
         if self.optimizer_bits not in OPTIMIZER_BITS:
@@ -122,6 +139,7 @@ class Training:
 class Evaluation:
     """Evaluation settings."""
 
+    kind: Annotated[str | None, "kind of model, as in train (default: the adapter's, or the usual one)"] = None
     split: Annotated[
         str | None,
         "train, validation, test or all; none is the test of data that the adapter was trained on "
@@ -133,6 +151,8 @@ class Evaluation:
     quantize: Annotated[str, "quantise the base: none, nf4, gguf; auto is as in the adapter's training"] = "auto"
     generate: Annotated[bool, "also generate answers: exact match, BLEU, ROUGE-L"] = False
     max_new_tokens: Annotated[int, "longest generated answer in tokens"] = 128
+    learn: Annotated[str | None, f"{LEARN_TEXT}; of an adapter as in its training"] = None
+    thoughts: Annotated[str | None, f"{THOUGHTS_TEXT}; of an adapter as in its training"] = None
     seed: Annotated[int | None, "seed of the splits of data that has none (default: the adapter's, or 0)"] = None
 
     def __post_init__(self) -> None:
@@ -142,6 +162,11 @@ class Evaluation:
         if self.limit is not None:
             check_count("limit", self.limit, 1)
         check_choice("quantize", self.quantize, ("auto", *QUANTIZERS))
+        _ = self.chat(ChatOptions())
         if self.split is not None:
             check_choice("split", self.split, SPLITS)
         check_choice("precision", self.precision, PRECISIONS)
+
+    def chat(self, own: ChatOptions) -> ChatOptions:
+        """Return the choice of what is scored of conversations, where nothing is asked for as in `own`."""
+        return ChatOptions(learn=self.learn or own.learn, thoughts=self.thoughts or own.thoughts)

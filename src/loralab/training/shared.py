@@ -15,7 +15,8 @@ from loralab.models.load import Base
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import encode
 from loralab.tasks.examples import Encoded
-from loralab.training.preflight import HEADED_KINDS, load_for
+from loralab.tasks.kinds.registry import kind_named
+from loralab.training.preflight import load_for
 from loralab.training.request import Request
 
 
@@ -40,7 +41,7 @@ class OneBase:
         if request.training.new_tokens:  # more rows, in the model and in its tokenizer
             return load_for(request, task)
         head = (task.format, task.labels, request.training.seed)
-        if self.bare is not None and (self.bare.kind not in HEADED_KINDS or self._head == head):
+        if self.bare is not None and (not kind_named(self.bare.kind).headed or self._head == head):
             return replace(self.bare, model=shared_copy(self.bare.model))
         base = load_for(request, task)
         if self.bare is None:
@@ -51,7 +52,7 @@ class OneBase:
 
     def encoded(self, task: Task, split: str, tokenizer: Any, **options: Any) -> Encoded:
         """Encode as `encode` does, once for jobs on the same rows."""
-        key = (task.digest, split, id(tokenizer), *sorted(options.items()))
+        key = (task.digest, task.chat, split, id(tokenizer), *sorted(options.items()))
         if not task.digest:
             return encode(task, split, tokenizer, **options)
         if key not in self._encoded:

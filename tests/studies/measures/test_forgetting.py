@@ -23,7 +23,7 @@ from loralab.studies import store
 from loralab.studies.catalog import setup
 from loralab.studies.evidence import Metric, forgetting_of, scores_table
 from loralab.studies.measures import forgetting
-from loralab.studies.measures.forgetting import before_and_after, digest_of, general_task, measured
+from loralab.studies.measures.forgetting import again, digest_of, general_task, measured, untrained
 from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
 from loralab.studies.study import Arm, Record, StudyOptions, Trial
@@ -68,12 +68,6 @@ def loss_by_hand(base: Base, texts: list[str]) -> float:
     return total / count
 
 
-def values(base: Base, general: Any) -> tuple[float, float]:
-    """Return the loss or the accuracy before and after."""
-    before, after = before_and_after(base, general)
-    return before.value, after.value
-
-
 def train_by_hand(base: Base, file: Path, rate: float, steps: int = 20) -> None:
     """Take a few steps on the rows of a file."""
     parameters = [p for p in base.model.parameters() if p.requires_grad]
@@ -93,10 +87,11 @@ def test_the_loss_is_that_of_every_text_alone(tiny_llama_folder: Path, general_f
     texts = [row["text"] for row in general.splits["test"]]
     assert len(set(texts)) == len(texts) == forgetting.TEXT_ROWS
     expected = loss_by_hand(base, texts)
-    assert values(base, general) == pytest.approx((expected, expected), abs=1e-5)
+    bare = untrained(base, general)
+    assert (bare.seen.value, again(base, general, bare).value) == pytest.approx((expected, expected), abs=1e-5)
     attach(base.model, LoRA(rank=2))
     tiny.fill(next(iter(forgetting.adapters_of(base.model).members.values())), 0)
-    found = values(base, general)
+    found = untrained(base, general).seen.value, again(base, general, bare).value
     assert found == pytest.approx((expected, loss_by_hand(base, texts)), abs=1e-5)
     assert abs(found[1] - found[0]) > 1e-3
 
@@ -117,7 +112,7 @@ def test_training_on_other_text_raises_the_general_loss(
     assert trained["general_before"] == pytest.approx(untouched)  # the adapter is left out
     assert trained["general_after"] > untouched + 0.1
     found = measured(base, own, str(general_file))
-    assert found.numbers == trained
+    assert found.numbers["general_after"] == trained["general_after"]
     assert len(found.items["general"]) == forgetting.TEXT_ROWS
     assert -np.mean(found.items["general"]) == pytest.approx(
         trained["general_after"], rel=0.2
@@ -133,18 +128,38 @@ def test_a_probe_sees_no_difference_where_nothing_was_trained_and_one_where_the_
     base, own = load(str(tiny_bert_folder), labels=["negative", "positive"]), find(str(noise_file))
     general = general_task(own, base.kind, str(labelled_file))
     assert {name: len(rows) for name, rows in general.splits.items()} == {"train": 100, "test": 30}
-    alone, same = values(base, general)
-    assert alone == same > 0.8
+    bare = untrained(base, general)
+    assert bare.seen == again(base, general, bare)
+    assert bare.seen.value > 0.8
     adapter = attach(base.model, method)
-    before, after = values(base, general)
-    assert before == alone
+    assert untrained(base, general).seen == bare.seen
     if type(method) in (LoRA, FullFineTune):
-        assert after == alone
+        assert again(base, general, bare) == bare.seen
     with torch.no_grad():
         for number, parameter in enumerate(adapter.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
-    moved = values(base, general)
-    assert moved[0] == alone and moved[1] != alone
+    assert untrained(base, general).seen == bare.seen != again(base, general, bare)
+
+
+def test_the_base_is_measured_once_for_all_that_stand_beside_each_other(
+    tiny_bert_folder: Path, labelled_file: Path, noise_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, own = load(str(tiny_bert_folder), labels=["negative", "positive"]), find(str(noise_file))
+    counted: list[str] = []
+    monkeypatch.setattr(forgetting, "untrained", lambda b, g: counted.append(g.digest) or untrained(b, g))
+    attach(base.model, LoRA(rank=2))
+    tiny.fill(next(iter(forgetting.adapters_of(base.model).members.values())), 0)
+
+    def found(name: str, **fields: object) -> dict[str, float]:
+        arm = Arm(name=name, fields={"rank": len(name), **fields})
+        trial = Trial(measure=MEASURE, setup=setup_of("rank", tiny_bert_folder, noise_file), arm=arm, seed=0)
+        numbers = measured(base, own, str(labelled_file), (tmp_path / name, trial)).numbers
+        return {key: value for key, value in numbers.items() if key != "general_seconds"}
+
+    assert found("r") == found("rank")
+    assert len(counted) == 1
+    assert found("r", quantize="nf4").keys() == found("r").keys()  # another base: the same rows are measured anew
+    assert len(counted) == 2
 
 
 class Bare(torch.nn.Module):
@@ -187,7 +202,7 @@ def test_a_vision_model_is_probed_with_other_pictures(pictures: Path, tmp_path: 
     seen = measured(base, own, str(pictures))
     numbers, texts = seen.numbers, seen.texts
     assert seen.items["general"] and set(seen.items["general"]) == {1.0}
-    assert numbers == {"general_before": 1.0, "general_after": 1.0}
+    assert numbers["general_before"] == numbers["general_after"] == 1.0
     assert texts["general_kind"] == "accuracy"
     assert measured(base, find(str(pictures))).texts["general"] == "digits"
 

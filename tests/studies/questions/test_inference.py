@@ -185,7 +185,7 @@ def test_arms_and_values() -> None:
     wrong = StudySetup(study="inference", model="m", data="d", values=("nf3",))
     with pytest.raises(ConfigError) as caught:
         inference.arms(wrong, base(tiny.llama()))
-    assert (caught.value.code, caught.value.field) == ("wrong_value", "values")
+    assert (caught.value.code, caught.value.field) == ("invalid_choice", "values")
 
 
 def timed(

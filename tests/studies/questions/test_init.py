@@ -71,7 +71,7 @@ def test_every_arm_trains_as_many_numbers(tiny_bert_folder: Path, noise_file: Pa
     assert len(sizes) == 1
     with pytest.raises(ConfigError, match="b_kaiming") as raised:
         init.arms(replace(setup, values=("b_kaimin",)), base)
-    assert (raised.value.code, raised.value.field) == ("invalid_choice", "init")
+    assert (raised.value.code, raised.value.field) == ("invalid_choice", "values")
 
 
 def test_zero_b_is_the_base_model_and_moves_b_alone(

@@ -92,7 +92,7 @@ def test_values_choose_savings_and_wrong_ones_are_refused() -> None:
     wrong = StudySetup(study="memory", model="m", data="d", fields=FIELDS, values=("checkpoints",))
     with pytest.raises(ConfigError) as failure:
         memory.arms(wrong, base())
-    assert (failure.value.code, failure.value.field) == ("wrong_value", "values")
+    assert (failure.value.code, failure.value.field) == ("invalid_choice", "values")
 
 
 @pytest.mark.parametrize(("batch", "part"), [(16, 4), (8, 2), (12, 3), (7, 1), (2, 1), (10, 2)])

@@ -155,7 +155,7 @@ def test_arms_can_be_chosen() -> None:
     wrong = StudySetup(study="merge", model="m", data="d", values=("fp8",))
     with pytest.raises(ConfigError) as caught:
         merge.arms(wrong, base(tiny.llama()))
-    assert (caught.value.code, caught.value.field) == ("wrong_value", "values")
+    assert (caught.value.code, caught.value.field) == ("invalid_choice", "values")
 
 
 def test_a_thorough_study_merges_in_every_module() -> None:

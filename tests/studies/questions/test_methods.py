@@ -130,7 +130,7 @@ def test_a_method_that_the_model_cannot_have_is_told(
     arms, invalid, _ = prepare(setup, None)
     assert set(invalid) == {"prefix (r=8)", "prefix (r=2)"}
     assert "no attention" in invalid["prefix (r=8)"]
-    assert "lora r=8" in {a["name"] for a in arms}
+    assert "lora r=8" in {a.name for a in arms}
 
 
 @pytest.mark.parametrize("count", [6, 7, 12, 20, 31])

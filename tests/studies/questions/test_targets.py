@@ -264,4 +264,4 @@ def test_every_arm_can_run_on_the_models_at_hand(tiny_llama_folder: Path, sums_f
     setup = setup_of("targets", tiny_llama_folder, sums_file)
     arms, invalid, _ = prepare(setup, None)
     assert invalid == {}
-    assert {a["name"].rpartition(" r=")[0] for a in arms if a["tuned"]} >= set(targets.CHOICES)
+    assert {a.name.rpartition(" r=")[0] for a in arms if a.tuned} >= set(targets.CHOICES)

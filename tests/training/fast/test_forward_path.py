@@ -466,9 +466,9 @@ def test_a_model_that_cannot_be_in_two_places_has_one_lane(two_lanes: None) -> N
 
 def test_unequal_or_few_rows_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
     path = ForwardPath(llama(), "causal-lm", pad_id=0, mode="packed", lanes=2)
-    assert len(path._lanes(rows([200, 190], [9, 9]))) == 2
-    assert len(path._lanes(rows([200, 20], [9, 9]))) == 1
-    assert len(path._lanes(rows([40, 40], [9, 9]))) == 1
-    assert len(path._lanes(rows([400], [9]))) == 1
+    assert len(path._lanes(rows([280, 260], [9, 9]))) == 2
+    assert len(path._lanes(rows([560, 20], [9, 9]))) == 1
+    assert len(path._lanes(rows([240, 240], [9, 9]))) == 1
+    assert len(path._lanes(rows([600], [9]))) == 1
     with torch.no_grad():
-        assert len(path._lanes(rows([200, 190], [9, 9]))) == 1
+        assert len(path._lanes(rows([280, 260], [9, 9]))) == 1

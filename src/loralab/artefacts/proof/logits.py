@@ -13,7 +13,7 @@ import torch
 from loralab.adapters.load import load as load_adapter
 from loralab.artefacts.comparison import Certificate, compare, logits_of, reference_of
 from loralab.errors import LoralabError
-from loralab.models.kinds import CAUSAL, CLASSIFIER, LOADERS, SENTENCES, TAGGER, class_for
+from loralab.models.kinds import CAUSAL, CLASSIFIER, LOADERS, SENTENCES, SEQ2SEQ, TAGGER, class_for
 from loralab.models.load import configuration
 from loralab.models.source import quiet
 from loralab.models.weights import Weights
@@ -21,7 +21,7 @@ from loralab.values import memory_bytes
 
 PROMPTS, TOKENS = 4, 16
 SHARE = 3  # of the memory, that one model in fp32 may take
-KINDS = (CAUSAL, CLASSIFIER, TAGGER, SENTENCES)
+KINDS = (CAUSAL, CLASSIFIER, TAGGER, SENTENCES, SEQ2SEQ)
 
 
 def compare_logits(base: Weights, merged: Weights, adapter: Path, precision: str) -> tuple[Certificate | None, str]:

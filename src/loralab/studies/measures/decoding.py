@@ -17,6 +17,7 @@ from loralab.studies.measures.passes import batch_of
 from loralab.studies.measures.peaks import peak_since, reset_peak
 from loralab.studies.timing import affordable, timed, trials
 from loralab.tasks.forward import accepted, run
+from loralab.tasks.kinds.registry import kind_named
 from loralab.training.memory import held_bytes
 
 PROMPT, TOKENS = 16, 3  # tokens that are read, and that are written, in one trial
@@ -49,7 +50,7 @@ Times = dict[tuple[str, int], Timed]
 
 def writes(base: Base) -> bool:
     """Tell whether a model is timed by the token."""
-    return base.kind == "causal-lm" and "past_key_values" in accepted(base.model)
+    return kind_named(base.kind).packs and "past_key_values" in accepted(base.model)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from loralab.studies.study import Record, Trial
 from loralab.studies.timing import affordable, quickest, trials
 from loralab.studies.trained import Tell
 from loralab.tasks.forward import accepted, run
+from loralab.tasks.kinds.registry import kind_named
 from loralab.tasks.score import context_length
 
 MEASURE_PASSES = "loralab.studies.measures.passes:measure"
@@ -64,7 +65,7 @@ def ways_of(base: Base, variants: Mapping[str, Fields]) -> tuple[list[Way], list
 
 def shapes_of(base: Base, prefix: int) -> list[Shape]:
     """Return SHAPES, no longer than the model can take behind a prefix; of pictures only the batch."""
-    if base.kind == "image-classification":
+    if kind_named(base.kind).pictures:
         return [(batch, 1) for batch, _ in SHAPES]
     room = context_length(base.model) - prefix
     return list(dict.fromkeys((batch, max(1, min(length, room))) for batch, length in SHAPES))
@@ -143,7 +144,7 @@ def one_pass(base: Base, batch: Mapping[str, Tensor], repeats: int, warm: int) -
 def batch_of(base: Base, shape: Shape) -> dict[str, Tensor]:
     """Return drawn tokens without padding, or a drawn picture."""
     draw, device = torch.Generator().manual_seed(0), next(base.model.parameters()).device
-    if base.kind == "image-classification":
+    if kind_named(base.kind).pictures:
         side = base.tokenizer.size
         pixels = torch.randn(shape[0], base.tokenizer.channels, side, side, generator=draw)
         return {"pixel_values": pixels.to(device)}

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from loralab import atomic
 from loralab.adapters.attach import attach
@@ -22,8 +21,9 @@ from loralab.studies.measures.watch import gradient_norm, named, outputs_of, wat
 from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, diverged, scored, trained
 from loralab.tasks.encode import encode
-from loralab.tasks.examples import IGNORED, Example
-from loralab.tasks.forward import SHARPNESS, by_length, call, embed, labelled, second_of
+from loralab.tasks.examples import Example
+from loralab.tasks.forward import by_length
+from loralab.tasks.kinds.registry import kind_named
 from loralab.training.loop import labelled_tokens
 from loralab.training.preflight import with_head
 
@@ -138,29 +138,16 @@ def outputs(base: Base, examples: Sequence[Example]) -> list[Outputs]:
 def _of_batch(base: Base, batch: Mapping[str, Tensor]) -> Outputs:
     """Return the outputs of a batch; the features are what the head reads, without padding."""
     with outputs_of(base.model) as seen:
-        logits, labels, rows = _logits(base, batch)
-    losses = F.cross_entropy(logits, labels, reduction="none")
+        logits, labels, rows = kind_named(base.kind).labelled(base.model, batch)
+    logits = logits.float()
+    losses = kind_named(base.kind).losses(logits, labels)
     sums = losses.new_zeros(int(rows.max()) + 1).index_add_(0, rows, losses)
     mask = batch.get("attention_mask")
-    states = seen[0].last_hidden_state
-    features = states.flatten(0, -2) if mask is None else states[mask.bool()]
+    out = seen[0]  # T5 has no model around its encoder and its decoder
+    states = out.last_hidden_state if "last_hidden_state" in out else out.encoder_last_hidden_state
+    read = mask is not None and mask.shape == states.shape[:2]  # a decoder of its own reads other places
+    features = states[mask.bool()] if mask is not None and read else states.flatten(0, -2)
     return Outputs(losses=sums / rows.bincount().clamp_min(1), logits=logits, features=features.float())
-
-
-def _logits(base: Base, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits (M, C), labels (M,) and rows (M,) of all that carries loss."""
-    model, labels = base.model, batch["labels"]
-    if base.kind == "causal-lm":
-        logits, targets, rows = labelled(model, batch)
-        return logits.float(), targets, rows
-    rows = torch.arange(len(labels), device=labels.device)
-    if base.kind == "sentence-encoder":
-        return SHARPNESS * embed(model, batch) @ embed(model, second_of(batch)).T, labels, rows
-    logits = call(model, batch).float()
-    if base.kind == "token-classification":
-        here = labels != IGNORED
-        return logits[here], labels[here], here.nonzero()[:, 0]
-    return logits, labels, rows
 
 
 def _apart(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:

@@ -24,11 +24,12 @@ from loralab.studies.fields import configured
 from loralab.studies.measures.mixed_batch import Banked, swap
 from loralab.studies.study import Arm, Record, Trial
 from loralab.studies.subspace import together
-from loralab.studies.trained import Tell, rows_of
-from loralab.tasks.catalog import TASKS, Task, labels_of
+from loralab.studies.trained import Tell, majority, rows_of
+from loralab.tasks.catalog import TASKS, Task
 from loralab.tasks.encode import encode
 from loralab.tasks.examples import Example
-from loralab.tasks.forward import call, labelled
+from loralab.tasks.forward import call
+from loralab.tasks.kinds.registry import kind_named
 from loralab.training.preflight import load_base, with_head
 
 MEASURE_TASK = "loralab.studies.measures.system:measure_task"
@@ -69,15 +70,6 @@ def with_majority(record: Record, task: Task) -> Record:
         return record
     numbers = {**record.numbers, "majority": statistics.fmean(found)}
     return replace(record, numbers=numbers, items={**record.items, "majority": found})
-
-
-def majority(task: Task) -> list[float]:
-    """Return for every test row whether its label is the commonest one of train; none without labels."""
-    labels = [label for row in task.splits["train"] for label in labels_of(row)]
-    if not labels or any("label" not in row for row in task.splits["test"]):
-        return []
-    commonest = max(sorted(set(labels)), key=labels.count)
-    return [float(row["label"] == commonest) for row in task.splits["test"]]
 
 
 def measure_system(trial: Trial, folder: Path, tell: Tell) -> Record:
@@ -171,9 +163,9 @@ def requests(stored: Sequence[Stored], base: Base) -> list[Request]:
 def outputs(base: Base, examples: Sequence[Example]) -> Tensor:
     """Return what decides each row's answer: the logits of its classes, or of its first token."""
     batch = together(base, examples)
-    if base.kind != "causal-lm":
+    if not kind_named(base.kind).writes:
         return call(base.model, batch).float().cpu()  # an accelerator has finished then
-    logits, _, rows = labelled(base.model, batch)
+    logits, _, rows = kind_named(base.kind).labelled(base.model, batch)
     first = torch.searchsorted(rows, torch.arange(len(examples), device=rows.device))
     return logits[first].float().cpu()
 

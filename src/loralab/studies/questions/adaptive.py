@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loralab.adapters.methods import IMPORTANCES
-from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import mean_of, means_of, score_column
@@ -40,7 +39,7 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
     Both scale their update by 16 / r, r being the final mean rank.
     """
     found = []
-    for target in dict.fromkeys([_rank(value) for value in setup.values] or [TARGET]):
+    for target in setup.ranks([TARGET]):
         found.append(Arm(name=f"LoRA r={target}", fields={"method": "lora", "rank": target}))
         found += [_adaptive(target, kind) for kind in IMPORTANCES[: 1 if setup.quick else None]]
     return found
@@ -53,16 +52,6 @@ def _adaptive(target: int, importance: str) -> Arm:
     if importance != IMPORTANCES[0]:
         fields["importance"], name = importance, f"{name} {importance}"
     return Arm(name=name, fields=fields, options={"measure": MEASURE_BUDGET})
-
-
-def _rank(value: str) -> int:
-    if not (value.isascii() and value.isdigit() and int(value) > 0):
-        raise ConfigError(
-            f"--values of the study adaptive are final mean ranks, such as 2,4,8; got {value!r}",
-            code="wrong_value",
-            field="values",
-        )
-    return int(value)
 
 
 def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:

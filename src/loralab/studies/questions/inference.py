@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
 from loralab.studies.evidence import claim
 from loralab.studies.measures.carried import REFERENCE
@@ -30,21 +29,20 @@ MISSING = Message("answer.not_measured")
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return the adapter's own run; one trial for all ways to use it; one for each smaller model."""
-    for value in setup.values:
-        if value not in CHOICES:
-            known = f"{', '.join(CHOICES)}; got {value!r}{nearest(value, CHOICES)}"
-            raise ConfigError(f"--values of the inference study are {known}", code="wrong_value", field="values")
-    wanted, quick = setup.values or CHOICES, int(setup.quick)
+    wanted, quick = setup.chosen(CHOICES, CHOICES), int(setup.quick)
     shared: dict[str, Any] = {"batches": list(BATCHES[quick]), "trials": TRIALS[quick]}
     many, two = SECONDS[quick]
     several = {"adapters": list(ADAPTERS), "looped": [] if quick else [8]}
-    options = (
-        {LATENCY: {**shared, "measure": MEASURE_ADAPTERS, "seconds": many, **several}} if "adapters" in wanted else {}
-    )
-    for how, name in SMALLER.items():
-        if how in wanted:
-            options[name] = {**shared, "measure": MEASURE_SMALLER, "seconds": two, "how": how}
-    return [REFERENCE, *(Arm(name=n, options=values, tuned=False, plain=True) for n, values in options.items())]
+    smaller = {how: {"measure": MEASURE_SMALLER, "seconds": two, "how": how} for how in SMALLER}
+    own = {"adapters": {"measure": MEASURE_ADAPTERS, "seconds": many, **several}, **smaller}
+    return [
+        REFERENCE,
+        *(
+            Arm(name=SMALLER.get(how, LATENCY), options={**shared, **options}, tuned=False, plain=True)
+            for how, options in own.items()
+            if how in wanted
+        ),
+    ]
 
 
 def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:

@@ -23,7 +23,6 @@ from loralab.studies.readings.starts import (
     step_zero_chart,
 )
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.values import check_choice
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
@@ -39,16 +38,13 @@ LABELS = tuple(Message(f"init.ask_{name}") for name in ("zero", "kaiming", "infl
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return the usual start, and others at the same rank; `--values` names starts of `--init`."""
-    wanted = setup.values or USUAL
-    for value in wanted:
-        check_choice("init", value, INITS)
     others = [
         Arm(
             name=NAMES[init],
             fields={"method": "lora", "rank": 8, "init": init},
             options={"rates": LOWER} if setup.quick and init in ("b_kaiming", "gaussian") else {},
         )
-        for init in dict.fromkeys(wanted)
+        for init in setup.chosen(INITS, USUAL)
         if init != "kaiming"
     ]
     return [Arm(name=ZERO, fields={"method": "lora", "rank": 8}), *others]

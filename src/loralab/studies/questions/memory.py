@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from loralab.errors import ConfigError, nearest
+from loralab.errors import ConfigError
 from loralab.models.device import resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import gguf_file
 from loralab.studies.evidence import mean_of, means_of
 from loralab.studies.measures.peaks import MEASURE_PEAKS
-from loralab.studies.message import Chart, Column, Message, Table, clauses, names, sentences
+from loralab.studies.message import Chart, Column, Message, Table, clauses, columns, names, sentences
 from loralab.studies.readings.savings import ASKED, BASELINE, CLOSE, ROUNDING, SAME, Savings
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import Overhead
@@ -54,15 +54,10 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
 
 def _roles(setup: StudySetup, known: Sequence[str]) -> list[str]:
     """Return what is measured: what was asked for, or all that this model has; the baseline always."""
-    for value in setup.values:
-        if value not in known:
-            message = f"--values of the memory study are {', '.join(known)}; got {value!r}{nearest(value, known)}"
-            raise ConfigError(message, code="wrong_value", field="values")
-    if setup.values:
-        return list(dict.fromkeys((BASELINE, *setup.values)))
     left = set() if gguf_file(setup.model) is not None else {"gguf"}
     left |= {"optimizer"} if setup.quick else set()
-    return [role for role in known if role not in left]
+    chosen = setup.chosen(known, [role for role in known if role not in left])
+    return list(dict.fromkeys((BASELINE, *chosen)))
 
 
 def largest_part(batch: int) -> int:
@@ -179,29 +174,21 @@ PARTS = ("start_bytes", "loading_bytes", "held_bytes", "steps_bytes")
 
 def _table(found: Savings) -> Table:
     """Return every arm: its memory in its parts, its time, its curve."""
-    columns = (
-        Column("method"),
-        Column("arm"),
-        Column("peak_bytes", "bytes"),
-        Column("memory", label=Message("column.over_baseline")),
-        *(Column(name, "bytes") for name in PARTS),
-        Column("step_seconds", "seconds"),
-        Column("time", label=Message("column.over_baseline")),
-        Column("curve"),
-        Column("at_end", "signed percent"),
-        Column("pareto"),
-    )
+    memory, time = (Column(name, label=Message("column.over_baseline")) for name in ("memory", "time"))
+    parts = (f"{name}:bytes" for name in PARTS)
+    times = ("step_seconds:seconds", time, "curve", "at_end:signed percent", "pareto")
+    shown = columns("method", "arm", "peak_bytes:bytes", memory, *parts, *times)
     front, rows = found.pareto(), []
     for role, runs in found.runs.items():
         row: dict[str, Any] = {"method": _name(role), "arm": runs[0].arm.name}
         row |= means_of(runs, ("peak_bytes", *PARTS, "step_seconds"))
         row["pareto"] = Message("answer.yes") if role in front else None
         if role != BASELINE:
-            memory, time = _overheads(found, role)
-            row |= {"memory": memory and memory.change, "time": time and time.change}
+            over = zip(("memory", "time"), _overheads(found, role), strict=True)
+            row |= {what: own and own.change for what, own in over}
             row |= {"curve": _curve(found, role), "at_end": found.at_end(role)}
         rows.append(row)
-    return Table(title=Message("memory.table"), columns=columns, rows=rows)
+    return Table(title=Message("memory.table"), columns=shown, rows=rows)
 
 
 def _curve(found: Savings, role: str) -> Message | None:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
 from loralab.models.quantize import gguf_file
 from loralab.studies.contrast import Contrast
@@ -12,7 +11,7 @@ from loralab.studies.evidence import Metric, claim, finding, metric_of
 from loralab.studies.measures.carried import REFERENCE
 from loralab.studies.measures.drift import MEASURE_DRIFT, NOTED
 from loralab.studies.measures.merging import MEASURE_MERGING, has_fp16
-from loralab.studies.message import Chart, Column, Message, Table, sentences
+from loralab.studies.message import Chart, Column, Message, Table, columns, sentences
 from loralab.studies.readings.merges import Drift, drifts_of, kept_change, merged_change, resolution
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
@@ -20,15 +19,8 @@ from loralab.studies.trained import MEASURE
 __all__ = ["MEASURE", "arms", "conclude"]
 
 AGAIN, DRIFT = "NF4 → NF4", "100 merges"
-NAMES = {
-    "fp32": "fp32",
-    "bf16": "bf16",
-    "fp16": "fp16",
-    "nf4": "NF4",
-    "nf4-again": AGAIN,
-    "gguf": "GGUF",
-    "drift": DRIFT,
-}
+DENSE = ("fp32", "bf16", "fp16")
+NAMES = {**{name: name for name in DENSE}, "nf4": "NF4", "nf4-again": AGAIN, "gguf": "GGUF", "drift": DRIFT}
 SLOW_ROWS = 12  # of a dtype that the machine has no instructions for
 COMPARED = (32, 8)  # rows whose logits are compared: thorough, quick
 FEW_MODULES = 7  # of the hundred merges in a quick study
@@ -40,11 +32,7 @@ Forms = Mapping[str, Record]
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return the adapter's own run, one arm for each form of the base, and the hundred merges."""
-    for value in setup.values:
-        if value not in NAMES:
-            known = f"{', '.join(NAMES)}; got {value!r}{nearest(value, NAMES)}"
-            raise ConfigError(f"--values of the merge study are {known}", code="wrong_value", field="values")
-    return [REFERENCE, *(_arm(name, setup) for name in dict.fromkeys(setup.values or usual(setup)))]
+    return [REFERENCE, *(_arm(name, setup) for name in setup.chosen(list(NAMES), usual(setup)))]
 
 
 def usual(setup: StudySetup) -> list[str]:
@@ -56,20 +44,18 @@ def usual(setup: StudySetup) -> list[str]:
 
 def _arm(name: str, setup: StudySetup) -> Arm:
     """Return the arm of a form, or of the hundred merges."""
-    options: dict[str, Any]
     if name == "drift":
         few = {"precisions": ["fp32", "bf16"], "modules": FEW_MODULES}
-        options = {"measure": MEASURE_DRIFT, **(few if setup.quick else {"precisions": ["fp32", "bf16", "fp16"]})}
-    else:
-        dense = name in ("fp32", "bf16", "fp16")
-        options = {
-            "measure": MEASURE_MERGING,
-            "precision": name if dense else str(setup.fields.get("precision", "auto")),
-            "quantize": "none" if dense else name.removesuffix("-again"),
-            "compared": COMPARED[setup.quick],
-        }
-        options |= {"again": True} if name == "nf4-again" else {}
-        options |= {"limit": SLOW_ROWS} if name == "fp16" and not has_fp16() else {}
+        options = {"measure": MEASURE_DRIFT, **(few if setup.quick else {"precisions": list(DENSE)})}
+        return Arm(name=DRIFT, options=options, tuned=False, plain=True)
+    options = {
+        "measure": MEASURE_MERGING,
+        "precision": name if name in DENSE else str(setup.fields.get("precision", "auto")),
+        "quantize": "none" if name in DENSE else name.removesuffix("-again"),
+        "compared": COMPARED[setup.quick],
+        **({"again": True} if name == "nf4-again" else {}),
+        **({"limit": SLOW_ROWS} if name == "fp16" and not has_fp16() else {}),
+    }
     return Arm(name=NAMES[name], options=options, tuned=False, plain=True)
 
 
@@ -99,12 +85,12 @@ def _sentence(forms: Forms, drifts: Sequence[Drift]) -> Message:
     others = [Message("merge.form", arm=n, **_said(r)) for n, r in forms.items() if n not in ("fp32", AGAIN)]
     kept = kept_change(forms.get(AGAIN))
     parts = [
-        *(_fp32(record) for name, record in forms.items() if name == "fp32"),
-        *([Message("merge.others", parts=others)] if others else []),
-        *([Message("merge.again", kept=1 + kept.estimate)] if kept else []),
-        *([_way_back(drifts)] if drifts else []),
+        _fp32(forms["fp32"]) if "fp32" in forms else None,
+        Message("merge.others", parts=others) if others else None,
+        Message("merge.again", kept=1 + kept.estimate) if kept else None,
+        _way_back(drifts) if drifts else None,
     ]
-    return sentences(*parts) if parts else Message("merge.partial")
+    return sentences(*parts) if any(parts) else Message("merge.partial")
 
 
 def _fp32(record: Record) -> Message:
@@ -158,14 +144,11 @@ def _off(drift: Drift, family: int) -> Finding:
 
 def _blanks(forms: Forms) -> list[tuple[Message | str, Message]]:
     """Fill in what the source's program prints, and whether its expectation holds."""
-    fp32 = forms.get("fp32")
     missing = Message("answer.not_measured")
-    others = {name: record for name, record in forms.items() if name != "fp32"}
-    return [
-        (Message("merge.difference_label", arm="fp32"), _difference(fp32) if fp32 else missing),
-        (Message("merge.expected_label"), _expectation(fp32) if fp32 else missing),
-        *((Message("merge.difference_label", arm=name), _difference(record)) for name, record in others.items()),
-    ]
+    names = dict.fromkeys(("fp32", *forms))
+    told = {name: _difference(forms[name]) if name in forms else missing for name in names}
+    (first, *others) = [(Message("merge.difference_label", arm=name), said) for name, said in told.items()]
+    return [first, (Message("merge.expected_label"), _expectation(forms.get("fp32")) or missing), *others]
 
 
 def _difference(record: Record) -> Message:
@@ -174,7 +157,9 @@ def _difference(record: Record) -> Message:
     return Message("merge.difference", share=share, **_said(record))
 
 
-def _expectation(record: Record) -> Message:
+def _expectation(record: Record | None) -> Message | None:
+    if record is None:
+        return None
     n = record.numbers
     if n["loss_difference"] < EXPECTED:
         return Message("claim.holds")
@@ -188,13 +173,6 @@ def _fp16(record: Record | None) -> Message | None:
     return Message("merge.slow_fp16", rows=record.numbers["rows"]) if record.arm.options.get("limit") else None
 
 
-PERCENT = "fine percent"
-LOSSES = (Column("loss_before", ".6f"), Column("loss_after", ".6f"), Column("loss_difference", ".2g"))
-LOGITS = (Column("relative", ".2g"), Column("kl", ".2g"), Column("effect_kl", ".2g"), Column("top1", PERCENT))
-WEIGHTS = (Column("moved", PERCENT), Column("noise", PERCENT), Column("kept", PERCENT), Column("restored"))
-TIMES = (Column("merge_seconds", "seconds"), Column("unmerge_seconds", "seconds"))
-
-
 def _forms_table(forms: Forms) -> list[Table]:
     """Return every form of the base, before and after."""
     rows = []
@@ -204,8 +182,13 @@ def _forms_table(forms: Forms) -> list[Table]:
         exact = n["restored"] == n.get("same_logits") == 1 if "restored" in n else None
         restored = None if exact is None else Message("answer.yes" if exact else "answer.no")
         rows.append({**n, "form": name, "changed": changed, "restored": restored})
-    columns = (Column("form"), *LOSSES, *LOGITS, Column("changed"), *WEIGHTS, *TIMES)
-    return [Table(title=Message("merge.forms"), columns=columns, rows=rows)] if forms else []
+    shown = columns(
+        *("form", "loss_before:.6f", "loss_after:.6f", "loss_difference:.2g"),
+        *("relative:.2g", "kl:.2g", "effect_kl:.2g", "top1:fine percent", "changed"),
+        *("moved:fine percent", "noise:fine percent", "kept:fine percent", "restored"),
+        *("merge_seconds:seconds", "unmerge_seconds:seconds"),
+    )
+    return [Table(title=Message("merge.forms"), columns=shown, rows=rows)] if forms else []
 
 
 def _drift_table(drifts: Sequence[Drift], records: Sequence[Record]) -> list[Table]:
@@ -224,16 +207,10 @@ def _drift_table(drifts: Sequence[Drift], records: Sequence[Record]) -> list[Tab
         }
         for drift in drifts
     ]
-    columns = (
-        Column("weights"),
-        *(Column(f"after_{n}", ".2g", Message("merge.off_after", merges=n)) for n in SHOWN),
-        Column("differing", PERCENT),
-        Column("base_kl", ".2g"),
-        Column("top1", PERCENT),
-        Column("put_back"),
-    )
+    off = (Column(f"after_{n}", ".2g", Message("merge.off_after", merges=n)) for n in SHOWN)
+    shown = columns("weights", *off, "differing:fine percent", "base_kl:.2g", "top1:fine percent", "put_back")
     title = Message("merge.drifts", modules=numbers["modules"], total=numbers["of"])
-    return [Table(title=title, columns=columns, rows=rows)]
+    return [Table(title=title, columns=shown, rows=rows)]
 
 
 def _charts(forms: Forms, drifts: Sequence[Drift]) -> list[Chart]:

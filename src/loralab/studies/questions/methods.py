@@ -17,10 +17,10 @@ from loralab.studies.measures.passes import MEASURE_PASSES, MERGED
 from loralab.studies.measures.tradeoff import MEASURE_TRADEOFF
 from loralab.studies.message import Column, Message, Table, sentences
 from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, parameters
+from loralab.studies.rates import usual
 from loralab.studies.readings.forgetting import Claim, Tradeoffs, published_claims
 from loralab.studies.readings.latencies import Latencies, added, in_short, pass_chart, pass_findings, pass_table
 from loralab.studies.readings.published import published_table
-from loralab.studies.search import usual
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import MARGIN
 from loralab.studies.trained import BASE_ARM, MEASURE

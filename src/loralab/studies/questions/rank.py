@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.compare import compare_arms
 from loralab.studies.evidence import Metric, mean_of
@@ -18,21 +17,13 @@ RANKS = (2, 4, 8, 16, 32, 64)
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return one arm for each rank, alpha fixed at 16, and the base model; the largest rank is cut as well."""
-    ranks = [_rank(value) for value in setup.values] or list(RANKS)
-    return [BASE_ARM, *(_arm(rank, is_cut=rank == max(ranks)) for rank in sorted(ranks))]
+    ranks = setup.ranks(RANKS)
+    return [BASE_ARM, *(_arm(rank, is_cut=rank == ranks[-1]) for rank in ranks)]
 
 
 def _arm(rank: int, *, is_cut: bool) -> Arm:
     options = {"measure": MEASURE_CUTS} if is_cut else {}
     return Arm(name=f"r={rank}", fields={"method": "lora", "rank": rank}, options=options)
-
-
-def _rank(value: str) -> int:
-    if not (value.isascii() and value.strip().isdigit()):
-        raise ConfigError(
-            f"--values of the rank study are ranks, such as 2,4,8; got {value!r}", code="wrong_value", field="values"
-        )
-    return int(value)
 
 
 def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
@@ -41,19 +32,15 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     if found is None:
         return nothing_measured(setup)
     largest, runs = list(found.arms.items())[-1]
-    kept = kept_at(runs, found.metric)
+    kept, taken = kept_at(runs, found.metric), found.ranking.recommended
+    cut = Message("rank.cut", arm=largest, rank=kept) if taken and kept is not None else None
     chart = found.chart("rank", Message("column.rank"), at=rank_of, log=True)
     return found.answer(
-        sentence=sentences(found.recommendation, _cut(largest, kept) if found.ranking.recommended else None),
+        sentence=sentences(found.recommendation, cut),
         blanks=[(f"rank={rank_of(name)}", _blank(own, found.metric)) for name, own in found.arms.items()],
         figures=[chart, *cut_figure(runs, found.metric)],
-        advice={"rank": rank_of(found.ranking.recommended)} if found.ranking.recommended else {},
+        advice={"rank": rank_of(taken)} if taken else {},
     )
-
-
-def _cut(arm: str, kept: int | None) -> Message | None:
-    """Say to which rank the largest can be cut."""
-    return None if kept is None else Message("rank.cut", arm=arm, rank=kept)
 
 
 def rank_of(name: str) -> int:

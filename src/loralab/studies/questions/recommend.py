@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy import stats
 
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms, score_chart
-from loralab.studies.contrast import SURE, Ranking
+from loralab.studies.contrast import Ranking
 from loralab.studies.evidence import Metric, by_arm, mean_of
 from loralab.studies.halving import (
     DEFAULT,
@@ -28,14 +27,12 @@ from loralab.studies.halving import (
 )
 from loralab.studies.message import Column, Message, Table, sentences
 from loralab.studies.prepare import reason_invalid
-from loralab.studies.ranking import claims, ranked
-from loralab.studies.search import loss_of
+from loralab.studies.ranking import LIKELY, claims, ranked
+from loralab.studies.rates import loss_of
 from loralab.studies.study import Answer, Arm, Record, StudySetup
 from loralab.studies.trained import BASE, BASE_ARM, MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude", "walk"]
-
-LIKELY = 0.75  # probability of being better than the default, for what is recommended over it
 
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
@@ -74,7 +71,7 @@ def _decided(found: Comparison) -> Ranking:
     """Return the ranking on test rows with what the validation rows chose; nothing that has learnt nothing."""
     ranking, chosen = found.ranking, choose([r for own in found.arms.values() for r in own], found.metric)
     learnt = BASE not in ranking.means or ranking.contrast(chosen, BASE).verdict == "better"
-    return replace(ranking, recommended=chosen if learnt else None, decided=learnt and ranking.good[chosen] >= SURE)
+    return replace(ranking, recommended=chosen if learnt else None)
 
 
 def choose(records: Sequence[Record], metric: Metric) -> str:
@@ -88,10 +85,7 @@ def choose(records: Sequence[Record], metric: Metric) -> str:
     best = min(found.names, key=lambda name: (found.regret[name], name != DEFAULT))
     if DEFAULT not in found.names or best == DEFAULT:
         return best
-    gap = found.contrast(best, DEFAULT)
-    error = math.hypot(gap.of_seeds, gap.of_rows)
-    likely = stats.norm.cdf(gap.estimate / error) if error else float(gap.estimate > 0)
-    return best if likely >= LIKELY else DEFAULT
+    return best if found.contrast(best, DEFAULT).likely >= LIKELY else DEFAULT
 
 
 def _beside_default(found: Comparison) -> list[Message]:

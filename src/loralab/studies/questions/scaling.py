@@ -4,13 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loralab.adapters.methods import SCALINGS, LoRA
-from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import Metric, mean_of, score_column
-from loralab.studies.message import Chart, Column, Message, Table, clauses, names, sentences
+from loralab.studies.message import Chart, Message, Table, clauses, columns, names, sentences
+from loralab.studies.rates import rounded
 from loralab.studies.readings.sweep import Key, Sweep, named
-from loralab.studies.search import rounded
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
 from loralab.training.optim import usual_rate
@@ -29,30 +28,18 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
 
     `--values` takes ranks, scalings or both; with a fixed rate there is that one alone.
     """
-    scalings, ranks = _wanted(setup)
+    scalings = [value for value in dict.fromkeys(setup.values) if value in SCALINGS]
+    ranks = setup.ranks(QUICK_RANKS if setup.quick else RANKS, other=SCALINGS)
     return [
         Arm(
             name=f"{scaling}, r={rank}, {rate:.1e}",
             tuned=False,
             fields={"method": "lora", "rank": rank, "scaling": scaling, "learning_rate": rate},
         )
-        for scaling in scalings
+        for scaling in scalings or SCALINGS
         for rank in ranks
         for rate in _rates(setup)
     ]
-
-
-def _wanted(setup: StudySetup) -> tuple[list[str], list[int]]:
-    """Return the scalings and the ranks that were asked for; a value that is neither is an error."""
-    scalings = [value for value in dict.fromkeys(setup.values) if value in SCALINGS]
-    others = [value for value in dict.fromkeys(setup.values) if value not in SCALINGS]
-    for value in others:
-        if not (value.isascii() and value.isdigit() and int(value) > 0):
-            known = f"ranks, such as 4,64, and scalings ({', '.join(SCALINGS)})"
-            message = f"--values of the study scaling are {known}; got {value!r}{nearest(value, SCALINGS)}"
-            raise ConfigError(message, code="wrong_value", field="values")
-    usual = QUICK_RANKS if setup.quick else RANKS
-    return scalings or list(SCALINGS), sorted(map(int, others or usual))
 
 
 def _rates(setup: StudySetup) -> list[float]:
@@ -197,22 +184,13 @@ def _advice(sweep: Sweep, claims: Claims) -> dict[str, Any]:
 
 
 def _table(sweep: Sweep, metric: Metric) -> Table:
-    columns = (
-        Column("scaling"),
-        Column("rank"),
-        Column("factor", "short"),
-        Column("best_rate"),
-        Column("rates_as_good"),
-        Column("diverged_rates"),
-        Column("steps_to_target", ".0f"),
-        Column("validation_loss", "plain"),
-        score_column(metric),
-        Column("step_seconds", "seconds"),
+    shown = columns(
+        *("scaling", "rank", "factor:short", "best_rate", "rates_as_good", "diverged_rates", "steps_to_target:.0f"),
+        *("validation_loss:plain", score_column(metric), "step_seconds:seconds"),
     )
     target = sweep.target()
-    return Table(
-        title=Message("scaling.table"), columns=columns, rows=[_row(sweep, key, metric, target) for key in sweep.trials]
-    )
+    rows = [_row(sweep, key, metric, target) for key in sweep.trials]
+    return Table(title=Message("scaling.table"), columns=shown, rows=rows)
 
 
 def _row(sweep: Sweep, key: Key, metric: Metric, target: float) -> dict[str, Any]:

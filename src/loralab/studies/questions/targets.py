@@ -9,7 +9,7 @@ from loralab.studies.budgets import Fields, largest_rank, solved, trained_parame
 from loralab.studies.compare import Comparison, compare_arms, score_chart
 from loralab.studies.evidence import Metric, mean_of, score_column
 from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, layers_table, source_names, update_chart
-from loralab.studies.message import Column, Message, Table, sentences
+from loralab.studies.message import Column, Message, Table, columns, sentences
 from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice, singles
 from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, open_rivals, parameters
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
@@ -185,15 +185,9 @@ def _size_table(trained: Arms, by_size: Arms, metric: Metric) -> Table:
         }
         for name, runs in trained.items()
     ]
-    columns = (
-        Column("layers"),
-        Column("rank"),
-        Column("adapter_parameters", "count"),
-        Column("off_budget", "signed percent"),
-        score_column(metric),
-        Column("step_seconds", "seconds"),
-    )
-    return Table(title=Message("table.layers_and_budget"), columns=columns, rows=rows)
+    shown = columns("layers", "rank", "adapter_parameters:count", "off_budget:signed percent", score_column(metric))
+    title = Message("table.layers_and_budget")
+    return Table(title=title, columns=[*shown, Column("step_seconds", "seconds")], rows=rows)
 
 
 def _not_at_budget(trained: Arms, by_size: Arms) -> Message | None:

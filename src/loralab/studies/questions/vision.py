@@ -16,6 +16,7 @@ from loralab.studies.places import ALL, CHOICES, advised, choices, require_choic
 from loralab.studies.ranking import claims, leader, open_rivals, parameters
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
+from loralab.tasks.kinds.registry import kind_named
 from loralab.training.optim import usual_rate
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -30,7 +31,7 @@ ARCHITECTURE, LAYERS, PERFORMANCE, PLAN = (
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return a linear probe, LoRA by choice of layers, a full fine-tune; what the model is made of."""
-    if base.kind != "image-classification":
+    if not kind_named(base.kind).pictures:
         raise ConfigError(
             f"the study vision needs a vision model and pictures, {base.name} is {base.kind}; "
             "take --model dinov2-s --data digits, or a folder of pictures by class",
@@ -40,7 +41,7 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
     able = choices(base.model)
     for value in setup.values:
         require_choice(value, base.name, able)
-    wanted = setup.values or (SHORT if setup.quick else CHOICES)
+    wanted = setup.chosen(CHOICES, SHORT if setup.quick else CHOICES)
     fields = {name: REFERENCE if name == ALL else {**REFERENCE, "target_modules": able[name]} for name in able}
     return [
         Arm(name=PROBE, fields={"method": PROBE}),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from loralab.studies.statistics import reaches, smoothed
 from loralab.studies.study import DIVERGED, DONE, Record
 
 Key = tuple[str, int]  # scaling, rank
+LOSS = Metric(name="loss", is_of_labels=True)  # the wider spread, whatever the task is
 LEARNT = 0.1  # of the loss at the start: where no run has lost as much, scores compare nothing
 
 
@@ -97,11 +99,17 @@ class Sweep:
 
     def verdicts(self, key: Key) -> dict[float, Verdict]:
         """Return how the best rate compares with every rate that ended, by loss on the test rows."""
-        own, best = self.ended(key), self.best(key)
-        if best is None:
-            return {}
-        found = ranked({f"{rate}": by_loss(runs) for rate, runs in own.items()}, Metric(name="loss"))
-        return {rate: "equivalent" if rate == best else found.contrast(f"{best}", f"{rate}").verdict for rate in own}
+        return self._verdicts.get(key, {})
+
+    @cached_property
+    def _verdicts(self) -> dict[Key, dict[float, Verdict]]:
+        """Rank once: many sentences ask."""
+        found: dict[Key, dict[float, Verdict]] = {}
+        for key in self.measured:
+            own, best = self.ended(key), self.best(key)
+            losses = ranked({f"{rate}": by_loss(runs) for rate, runs in own.items()}, LOSS)
+            found[key] = {r: "equivalent" if r == best else losses.contrast(f"{best}", f"{r}").verdict for r in own}
+        return found
 
     def as_good(self, key: Key) -> list[float]:
         """Return the rates that are not shown to be worse than the best one."""

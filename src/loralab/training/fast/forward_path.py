@@ -22,6 +22,7 @@ from loralab.lanes import lane_count, side_by_side
 from loralab.tasks.batches import collate, micro_batches, pack, shared_out
 from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
+from loralab.tasks.kinds.registry import kind_named
 from loralab.training.fast.attention import Packing
 from loralab.training.fast.patches import Forward, known_modules, patched
 from loralab.training.loss import summed_loss
@@ -29,16 +30,13 @@ from loralab.training.world import World
 
 MODES = ("packed", "patched", "plain")
 MAX_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens in one pass, where that makes no difference
-PROBE_LENGTHS = (7, 1, 5, 12)  # tokens of the rows that are compared
-PROBE_VOCABULARY = 1000  # ids of them, of a model that counts none too
 LOSS_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 GRADIENT_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
 # how far other tokens may move the logits of earlier ones, of how far they move their own: experts
 # whose rows change their places round otherwise
 LOOKAHEAD_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
-MIN_LANE_TOKENS = 128  # fewer pay for reading all weights once more
+MIN_LANE_TOKENS = 256  # fewer pay for reading all weights once more
 MIN_BALANCE = 0.8  # tokens of a mean lane, as a share of the fullest one's
-CUTTABLE_KINDS = ("causal-lm", "sequence-classification", "token-classification")  # rows do not meet
 
 
 @dataclass
@@ -73,16 +71,16 @@ class ForwardPath:
     @property
     def in_batch_negatives(self) -> bool:
         """Return whether the rows of a pass are compared with each other, those of all processes."""
-        return self.kind == "sentence-encoder"
+        return kind_named(self.kind).rows_meet
 
     def micro_batches(self, examples: Sequence[Example]) -> list[list[Example]]:
         """Return the examples of one pass, cut where that changes nothing but memory."""
-        if self.kind not in CUTTABLE_KINDS or self.mode == "plain":
+        if not kind_named(self.kind).cuttable or self.mode == "plain":
             return [list(examples)]
         return micro_batches(examples, self.max_tokens, pads=self.mode != "packed")
 
     def loss(self, examples: Sequence[Example]) -> Tensor:
-        """Return the summed cross-entropy of some examples, () in fp32."""
+        """Return the summed loss of some examples, () in fp32."""
         if self.in_batch_negatives and self.world.size > 1:
             return self.shared_loss(examples)
         parts = self._lanes(examples)
@@ -213,14 +211,15 @@ def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = No
     with torch.random.fork_rng(), contextlib.ExitStack() as stack:
         stack.callback(model.train, training)
         expected = _plain_result(path, adapter, examples)
-        if kind == "image-classification":
+        own = kind_named(kind)
+        if own.pictures:
             return path
         path.quicker = known_modules(model)
-        if kind == "causal-lm":
+        if own.packs:
             require_causal(path, examples[-1])
         for mode in MODES[:-1]:
             path.mode = mode
-            if mode == "packed" and (kind != "causal-lm" or device.type != "cpu"):
+            if mode == "packed" and (not own.packs or device.type != "cpu"):
                 continue  # a GPU has padded kernels that are quicker than tiles
             try:
                 found = _result(path, adapter, examples)
@@ -254,7 +253,7 @@ def _lanes_that_agree(
     count, at = lane_count(), next(path.model.parameters())
     # in fp16 a gradient must be scaled before it is computed
     suits = at.device.type == "cpu" and _dtype(path.model) != torch.float16 and path.world.size == 1
-    if count == 1 or not suits or path.kind not in CUTTABLE_KINDS or _draws(path, examples):
+    if count == 1 or not suits or not kind_named(path.kind).cuttable or _draws(path, examples):
         return 1
     with path.activated():
         path.model.eval()
@@ -369,46 +368,13 @@ def difference(model: nn.Module, expected: tuple[Tensor, Tensor], found: tuple[T
     return ""
 
 
-class _Grey:
-    """A picture that is nowhere stored."""
-
-    def open(self) -> Any:
-        from PIL import Image
-
-        return Image.new("RGB", (8, 8), (99, 128, 155))
-
-
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def noise(model: Any, kind: str) -> list[Example]:
     """Return the rows of unequal length of common ids, with loss on some of their tokens; or two pictures."""
-    if kind == "image-classification":
-        return [Example(number, (), (0,), image=_Grey()) for number in range(2)]
-    draw = torch.Generator().manual_seed(0)
-    config = model.config.get_text_config()
-    words = min(getattr(config, "vocab_size", PROBE_VOCABULARY), PROBE_VOCABULARY)
-    rows = []
-    for number, length in enumerate(PROBE_LENGTHS):
-        ids = tuple(torch.randint(words, (length,), generator=draw).tolist())
-        labels = tuple(IGNORED if i < length // 2 else token for i, token in enumerate(ids))
-        if kind == "sequence-classification":
-            labels = (0,)
-            ids = _ended(ids, config)
-        if kind == "token-classification":
-            labels = tuple(IGNORED if i % 2 else 0 for i in range(length))
-        second = ids[::-1] if kind == "sentence-encoder" else ()
-        rows.append(Example(number, ids, labels, second=second))
-    return rows
-
-
-def _ended(ids: tuple[int, ...], config: Any) -> tuple[int, ...]:
-    """Return the tokens with one end token, which an encoder-decoder takes its classes from."""
-    end = getattr(config, "eos_token_id", None)
-    if not config.is_encoder_decoder or not isinstance(end, int):
-        return ids
-    return (*(token + 1 if token == end else token for token in ids[:-1]), end)
+    return kind_named(kind).noise(model)
 
 
 def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

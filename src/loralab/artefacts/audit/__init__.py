@@ -1,0 +1,1 @@
+"""One adapter through every engine that is installed: who agrees with fp32 eager."""

@@ -1,0 +1,1 @@
+"""Adapters of a store: names, files, and what is in memory."""

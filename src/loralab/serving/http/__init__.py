@@ -1,0 +1,1 @@
+"""HTTP: the application, its bodies and answers, and who is let in."""

@@ -1,0 +1,1 @@
+"""The page that a browser shows: its files, and examples to begin with."""

@@ -1,0 +1,1 @@
+"""How the steps of a base with many adapters are computed."""

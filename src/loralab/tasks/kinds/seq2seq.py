@@ -1,0 +1,168 @@
+"""Encoder-decoders: a text is read as a whole, and another one is written."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loralab.errors import ConfigError, DataError
+from loralab.tasks import encode
+from loralab.tasks.batches import padded
+from loralab.tasks.catalog import Task
+from loralab.tasks.encode import answer, cut_texts
+from loralab.tasks.examples import IGNORED, Encoded, Example, Ids
+from loralab.tasks.formats import Row
+from loralab.tasks.forward import CHUNK, by_length, call, token_losses
+from loralab.tasks.generation import write_answers
+from loralab.tasks.kinds.kind import MAX_POSITIONS, Kind, Scored, Scoring
+from loralab.tasks.kinds.rows import Columns, Found, by_row, in_order, likeliest, mean
+from loralab.tasks.metrics import label_metrics, text_metrics
+
+READ = ("prompt", "completion", "instruction", "input", "output", "text", "text_a", "text_b", "label")
+
+
+class Seq2Seq(Kind):
+    """A prompt for the encoder, and its completion for the decoder, without a chat template.
+
+    The loss is that of transformers: cross-entropy of each token of the completion and its end.
+    """
+
+    name = "seq2seq"
+    formats = ("prompt-completion", "instruction", "text-label", "pair-label")
+    writes = asks = True
+
+    def encode(
+        self, task: Task, split: str, rows: Sequence[Row], tokenizer: Any, *, max_length: int, loss_on: str
+    ) -> Encoded:
+        """Return prompts and completions, each cut at `max_length` tokens.
+
+        Raises:
+            ConfigError: loss is wanted on the prompt, which nothing here writes.
+        """
+        if loss_on != "answer":
+            raise ConfigError(
+                "an encoder-decoder does not write its prompt; loss_on must be answer",
+                code="no_effect",
+                field="loss_on",
+            )
+        _require_read(task, rows)
+        examples, shortened = [], []
+        for index, row in enumerate(rows):
+            asked, short = cut_texts(tokenizer, [encode.question(task, row)], max_length)
+            target, cut = _target(tokenizer, answer(row), max_length)
+            if short or cut:
+                shortened.append(index)
+            examples.append(Example(index, tuple(asked["input_ids"]), target, second=target))
+        return Encoded(examples=examples, shortened=tuple(shortened))
+
+    def labels_of(self, examples: Sequence[Example], longest: int) -> Tensor:
+        """Return the tokens of the completions, (B, T), -100 behind their ends."""
+        return padded([example.second for example in examples], IGNORED, longest)[0]
+
+    def labelled(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits (M, V), labels (M,) and rows (M,) of the tokens of the completions."""
+        labels = batch["labels"]
+        rows, places = (labels != IGNORED).nonzero(as_tuple=True)
+        logits = call(model, batch, **decoded(model, labels))
+        return logits[rows, places], labels[rows, places], rows
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of each token, (M,); few logits are widened at once."""
+        return token_losses(outputs.split(CHUNK), labels)
+
+    def count(self, example: Example) -> int:
+        """Count the tokens of the completion."""
+        return len(example.second)
+
+    def of_job(self, outputs: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        """Return both whole: all jobs have the base's tokens."""
+        return outputs, labels
+
+    def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits with which the decoder would write the beginning of the prompt again, (P, V)."""
+        return call(model, batch, **decoded(model, batch["input_ids"][:, :MAX_POSITIONS]))[0]
+
+    def noise_row(self, number: int, ids: Ids, config: Any) -> Example:
+        """Return an example that writes its prompt backwards."""
+        return Example(number, ids, ids[::-1], second=ids[::-1])
+
+    def prompt_ids(self, tokenizer: Any, prompt: str, system: str | None) -> Ids:
+        """Return a prompt as the encoder reads it."""
+        if system is not None:
+            raise ConfigError("an encoder-decoder has no system prompt", code="no_effect", field="system")
+        return tuple(tokenizer(prompt, verbose=False)["input_ids"])
+
+    def stop_ids(self, tokenizer: Any) -> Ids:
+        """Return the end of text."""
+        return (tokenizer.eos_token_id,)
+
+    def score(self, given: Scoring) -> Scored:
+        """Score the completions by their loss; labels are ranked, and where asked for answers are written."""
+        task, rows, examples = given.task, given.rows, given.encoded.examples
+        sums, counts, chosen = _ranked(given, self) if task.labels else _losses(given, self)
+        loss = mean(sums, counts)
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+        written = [task.labels[index] for index in chosen] if task.labels else [""] * len(rows)
+        expected = [answer(row) for row in rows]
+        if task.labels:
+            metrics |= label_metrics(expected, written)
+        elif given.generate:
+            asked = [example.input_ids for example in examples]
+            written = write_answers(given.model, given.tokenizer, asked, given.max_new_tokens, given.batch_size)
+            metrics |= text_metrics(expected, written)
+        return Scored(metrics=metrics, written=written, row_losses=by_row(examples, sums, counts, len(rows)))
+
+
+def _require_read(task: Task, rows: Sequence[Row]) -> None:
+    """Refuse what belongs to the question and only a chat template writes.
+
+    Raises:
+        DataError: a row has such a column.
+    """
+    strange = next((column for row in rows for column in row if column not in READ), None)
+    if strange is not None:
+        raise DataError(
+            f"{task.name}: an encoder-decoder reads a prompt without {strange!r}, which only a chat template writes; "
+            f"say --map {strange}= to train without",
+            code="unsupported_column",
+            field=strange,
+        )
+
+
+def decoded(model: Any, labels: Tensor) -> dict[str, Tensor]:
+    """Return what the decoder reads while it writes some labels (B, T): they themselves, one place later."""
+    model = getattr(model, "module", model)
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    return {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels=labels)}
+
+
+def _target(tokenizer: Any, text: str, max_length: int) -> tuple[Ids, bool]:
+    """Return a completion as tokens with its end; whether something was cut off."""
+    ids = tuple(tokenizer(text_target=text, verbose=False)["input_ids"])
+    ids = ids if ids[-1:] == (tokenizer.eos_token_id,) else (*ids, tokenizer.eos_token_id)
+    return ids[:max_length], len(ids) > max_length
+
+
+def _losses(given: Scoring, kind: Kind) -> Columns:
+    """Return each example's summed loss and number of tokens, and no choice."""
+    examples = given.encoded.examples
+    found: Found = {}
+    for indices, batch in by_length(given.model, given.tokenizer, examples, kind.name, given.batch_size, given.among):
+        outputs, labels, rows = kind.labelled(given.model, batch)
+        losses = kind.losses(outputs, labels)
+        sums = torch.zeros(len(indices), device=losses.device).index_add_(0, rows, losses).tolist()
+        counts = rows.bincount(minlength=len(indices)).tolist()
+        found |= zip(indices, zip(sums, counts, [0] * len(indices), strict=True), strict=True)
+    return in_order(found, len(examples), given.among)
+
+
+def _ranked(given: Scoring, kind: Kind) -> Columns:
+    """Return each row's summed loss and number of tokens, and the index of its likeliest label."""
+    targets = [_target(given.tokenizer, label, given.room)[0] for label in given.task.labels]
+    tried = [
+        [Example(index, example.input_ids, ids, second=ids) for ids in targets]
+        for index, example in enumerate(given.encoded.examples)
+    ]
+    return likeliest(given, kind, tried)
