@@ -284,7 +284,8 @@ def _states(base: Base, general: Task, split: str) -> tuple[Any, Any]:
 
 def _writes_anew(model: Any) -> bool:
     """Return whether a decoder of its own must be given something to read, as that of a classifier is not."""
-    return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_output_embeddings() is not None
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) and model.get_output_embeddings() is not None
 
 
 def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
