@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import BertForSequenceClassification, PreTrainedModel
 
 from loralab.errors import ConfigError, DataError
+from loralab.lanes import threads
 from loralab.tasks.batches import collate
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import answer_ids, chat_ids, encode, prompt_ids, stop_ids
@@ -218,6 +219,21 @@ def test_scores_do_not_depend_on_the_batch_size(name: str, task_of: TaskOf, plai
     assert one.predictions == many.predictions
     assert set(one.metrics) == {"loss", "perplexity", "exact_match", "bleu", "rouge_l"}
     assert one.main == "loss" and [p.row for p in one.predictions] == list(range(9))
+
+
+@pytest.mark.parametrize("name", ["llama", "tiny_bert_folder"])
+def test_lanes_give_the_same_scores(name: str, task_of: TaskOf, plain_tokenizer: Any, request: Any) -> None:
+    model = request.getfixturevalue(name)
+    kind, task = "causal-lm", sums(task_of)
+    if name != "llama":
+        model, kind, task = classifier(model, 2), "sequence-classification", labelled(task_of, "bad", "good")
+    found = []
+    for count in (1, 2):
+        with threads(count):
+            found.append(evaluate(model, plain_tokenizer, task, "test", kind=kind, batch_size=1))
+    one, other = found
+    assert other.row_losses == pytest.approx(one.row_losses, rel=1e-5)
+    assert [p.answer for p in other.predictions] == [p.answer for p in one.predictions]
 
 
 def test_a_text_has_a_loss_on_every_token(llama: Any, plain_tokenizer: Any, task_of: TaskOf) -> None:

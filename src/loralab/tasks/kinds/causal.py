@@ -1,7 +1,7 @@
 """Language models: conversations, prompts with their answers, texts, and labels that are answers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from loralab.tasks import encode
 from loralab.tasks.catalog import Task
 from loralab.tasks.examples import IGNORED, Encoded, Example, Ids
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import CHUNK, answers, by_length, call, labelled, lone_head, require_known, token_losses
+from loralab.tasks.forward import CHUNK, answers, call, labelled, lone_head, require_known, token_losses
 from loralab.tasks.generation import require_room, write_answers
 from loralab.tasks.kinds.kind import MAX_POSITIONS, SAMPLE_TOKENS, Kind, Scored, Scoring, token_labels
-from loralab.tasks.kinds.rows import Columns, Found, by_row, in_order, likeliest, mean
+from loralab.tasks.kinds.rows import Columns, by_example, by_row, in_columns, likeliest, mean
 from loralab.tasks.metrics import label_metrics, text_metrics
 
 
@@ -103,20 +103,22 @@ def _losses(given: Scoring, choices: Sequence[int] = ()) -> Columns:
     Args:
         choices: tokens that may begin the answer.
     """
-    examples, model, head = given.encoded.examples, given.model, None
-    found: Found = {}
-    batches = by_length(model, given.tokenizer, examples, Causal.name, given.batch_size, given.among)
-    for number, (indices, batch) in enumerate(batches):
-        head = head if number else lone_head(model, batch)  # the first batch is the smallest
-        losses, rows, logits = answers(model, batch, head)
+    model = given.model
+    heads: list[nn.Module | None] = []
+
+    def look(count: int, batch: Mapping[str, Tensor]) -> Iterable[tuple[float, int, int]]:
+        if not heads:  # the first batch is the smallest
+            heads.append(lone_head(model, batch))
+        losses, rows, logits = answers(model, batch, heads[0])
         # rows rise, so the first entry of each one is where its answer begins
-        first = torch.searchsorted(rows, torch.arange(len(indices), device=rows.device))
+        first = torch.searchsorted(rows, torch.arange(count, device=rows.device))
         options = logits(first)[:, list(choices)] if choices else losses.new_zeros(0, 1)
-        totals = losses.new_zeros(len(indices)).index_add_(0, rows, losses)
-        labels = rows.bincount(minlength=len(indices)).tolist()
-        best = options.argmax(dim=-1).tolist() or [0] * len(indices)
-        found |= zip(indices, zip(totals.tolist(), labels, best, strict=True), strict=True)
-    return in_order(found, len(examples), given.among)
+        totals = losses.new_zeros(count).index_add_(0, rows, losses)
+        labels = rows.bincount(minlength=count).tolist()
+        best = options.argmax(dim=-1).tolist() or [0] * count
+        return zip(totals.tolist(), labels, best, strict=True)
+
+    return in_columns(by_example(given, Causal.name, given.encoded.examples, look))
 
 
 def _ranked(given: Scoring) -> Columns:

@@ -1,7 +1,7 @@
 """Encoder-decoders: a text is read as a whole, and another one is written."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from loralab.tasks.catalog import Task
 from loralab.tasks.encode import answer, cut_texts
 from loralab.tasks.examples import IGNORED, Encoded, Example, Ids
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import CHUNK, by_length, call, token_losses
+from loralab.tasks.forward import CHUNK, call, token_losses
 from loralab.tasks.generation import write_answers
 from loralab.tasks.kinds.kind import MAX_POSITIONS, Kind, Scored, Scoring
-from loralab.tasks.kinds.rows import Columns, Found, by_row, in_order, likeliest, mean
+from loralab.tasks.kinds.rows import Columns, by_example, by_row, in_columns, likeliest, mean
 from loralab.tasks.metrics import label_metrics, text_metrics
 
 READ = ("prompt", "completion", "instruction", "input", "output", "text", "text_a", "text_b", "label")
@@ -147,15 +147,14 @@ def _target(tokenizer: Any, text: str, max_length: int) -> tuple[Ids, bool]:
 
 def _losses(given: Scoring, kind: Kind) -> Columns:
     """Return each example's summed loss and number of tokens, and no choice."""
-    examples = given.encoded.examples
-    found: Found = {}
-    for indices, batch in by_length(given.model, given.tokenizer, examples, kind.name, given.batch_size, given.among):
+
+    def look(count: int, batch: Mapping[str, Tensor]) -> Iterable[tuple[float, int, int]]:
         outputs, labels, rows = kind.labelled(given.model, batch)
         losses = kind.losses(outputs, labels)
-        sums = torch.zeros(len(indices), device=losses.device).index_add_(0, rows, losses).tolist()
-        counts = rows.bincount(minlength=len(indices)).tolist()
-        found |= zip(indices, zip(sums, counts, [0] * len(indices), strict=True), strict=True)
-    return in_order(found, len(examples), given.among)
+        sums = torch.zeros(count, device=losses.device).index_add_(0, rows, losses).tolist()
+        return zip(sums, rows.bincount(minlength=count).tolist(), [0] * count, strict=True)
+
+    return in_columns(by_example(given, kind.name, given.encoded.examples, look))
 
 
 def _ranked(given: Scoring, kind: Kind) -> Columns:
