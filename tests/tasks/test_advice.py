@@ -31,6 +31,8 @@ KINDS: dict[str, Any] = {  # what a column may hold: row -> value
 NAMES = [
     "text",
     "label",
+    "labels",
+    "score",
     "prompt",
     "completion",
     "instruction",

@@ -142,6 +142,7 @@ def test_a_system_prompt_and_a_history_come_before_the_question(tmp_path: Path) 
     assert roles == [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "i\n\nn"), ("assistant", "o")]
     for wrong in (["q"], [["q"]], [["q", ""]], "q", [USER, ASSISTANT]):
         assert refused_rows(tmp_path, [row | {"history": wrong}]).field == "history"
+    assert refused_rows(tmp_path, [row | {"history": "no JSON"}]).code == "wrong_history"
 
 
 def test_of_lists_of_messages_the_completion_alone_is_learnt(tmp_path: Path) -> None:

@@ -82,6 +82,9 @@ WRONG: list[tuple[list[Row], dict[str, str], str, str]] = [
     ([{"text": "a", "kinds": "x, y"}], {"labels": "kinds"}, "not_a_list", "labels"),
     ([{"text": "a", "labels": ["x"]}, {"text": "b", "labels": None}], {}, "missing_value", "labels"),
     ([{"text": "a", "labels": [0.5]}], {}, "label_is_a_number", "label"),
+    ([{"text": "a", "labels": ["x", " "]}], {}, "missing_value", "labels"),
+    ([{"text": "a", "labels": [None]}], {}, "missing_value", "labels"),
+    ([{"text": "a", "label": 0.5}, {"text": "b", "label": "good"}], {}, "label_is_a_number", "label"),
     ([ASKED | {"label": "yes"}], {}, "not_a_number", "label"),
     ([{"text": "a", "label": "x", "labels": ["y"]}], {}, "unsupported_column", "labels"),
     ([{"text": "a", "label": "x", "score": 0.5}], {}, "unsupported_column", "score"),
@@ -110,6 +113,14 @@ def test_one_label_that_applies_or_not_can_be_learnt(tmp_path: Path) -> None:
     rows = [{"text": f"a {n}", "labels": ["toxic"] if n % 3 else []} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert find(str(tmp_path / "rows.jsonl")).labels == ("toxic",)
+
+
+def test_labels_that_never_apply_are_refused(tmp_path: Path) -> None:
+    rows = [{"text": f"a {n}", "labels": []} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError) as error:
+        find(str(tmp_path / "rows.jsonl"))
+    assert (error.value.code, error.value.field) == ("no_label", "labels")
 
 
 def test_an_adapter_that_has_learnt_amounts_reads_whole_numbers_as_such(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ CHOSEN_FIRST = ("label", "completion", "output")  # the answer, before what is l
 class Profile:
     """The kind of values that a column has.
 
-    `kind` is conversation, list, text, number (whole), amount (not whole), or other.
+    `kind` is conversation, list, text, number (whole), amount (not whole), class (texts and numbers,
+    truth values), or other.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Profile:
     @property
     def may_be_label(self) -> bool:
         few = self.different <= max(MAX_CLASS_VALUES, self.filled // 2)
-        return self.kind in ("text", "number") and few and self.length <= MAX_LABEL_LENGTH
+        return self.kind in ("text", "number", "class") and few and self.length <= MAX_LABEL_LENGTH
 
     @property
     def may_be_text(self) -> bool:
@@ -64,11 +65,9 @@ def _kind(values: Sequence[Any]) -> str:
     if not values or not all(isinstance(value, str | int | float) for value in values):
         return "other"
     amounts = [number for value in values if (number := amount(value)) is not None]
-    if len(amounts) == len(values) and not all(number.is_integer() for number in amounts):
-        return "amount"
-    if len(amounts) == len(values) or not all(isinstance(value, str) for value in values):
-        return "number"
-    return "text"
+    if len(amounts) == len(values):
+        return "number" if all(number.is_integer() for number in amounts) else "amount"
+    return "text" if all(isinstance(value, str) for value in values) else "class"
 
 
 def mapping_option(mapping: Mapping[str, str]) -> str:

@@ -301,7 +301,12 @@ def _labels(source: str, splits: Mapping[str, list[Row]]) -> tuple[str, ...]:
                     code="unknown_label",
                     field="label",
                 )
-    if len(labels) == 1 and not any("labels" in row for row in splits["train"][:1]):
+    several = any("labels" in row for row in splits["train"][:1])
+    if several and not labels:
+        raise DataError(
+            f"{source}: no train row has a label; each 'labels' is an empty list", code="no_label", field="labels"
+        )
+    if len(labels) == 1 and not several:
         raise DataError(
             f"{source} has only the label {labels[0]!r}; there is nothing to tell apart",
             code="one_label",

@@ -59,7 +59,7 @@ def labels_in(place: str, value: Any) -> list[Any]:
     """Return the labels of a row, which may be none.
 
     Raises:
-        DataError: it is no list, nor a text that spells one.
+        DataError: it is no list, nor a text that spells one, or a label is empty.
     """
     value = _listed(value)
     if not isinstance(value, list):
@@ -69,11 +69,20 @@ def labels_in(place: str, value: Any) -> list[Any]:
             code="not_a_list",
             field=LABELS,
         )
+    if empty := [number for number, one in enumerate(value, start=1) if is_empty(one)]:
+        raise DataError(
+            f"{place}: label {empty[0]} of 'labels' is empty; where none applies the list is []",
+            code="missing_value",
+            field=LABELS,
+        )
     return value
 
 
-def score_in(place: str, column: str, value: Any) -> float:
+def score_in(place: str, column: str, value: Any, remedy: str = "") -> float:
     """Return the number of a row.
+
+    Args:
+        remedy: what to do where it is none, for the error.
 
     Raises:
         DataError: it is none, or is not finite.
@@ -81,8 +90,7 @@ def score_in(place: str, column: str, value: Any) -> float:
     number = amount(value)
     if number is None or not math.isfinite(number):
         raise DataError(
-            f"{place}: {column!r} must be a number, found {format_value(value)}; labels that are names are classes: "
-            f"say --map label={column}",
+            f"{place}: {column!r} must be a number, found {format_value(value)}{remedy}",
             code="not_a_number",
             field=column,
         )

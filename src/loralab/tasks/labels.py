@@ -95,9 +95,11 @@ def _require_classes(source: str, labels: list[str], rows: int) -> None:
     numbers = {label: number for label in labels if (number := amount(label)) is not None}
     fractions = [label for label, number in numbers.items() if not number.is_integer()]
     if fractions and 2 * len(numbers) > len(labels):
+        others = [repr(label) for label in labels if label not in numbers]
+        beside = f", beside labels that are none ({join_limited(others, 3)})" if others else ""
         raise DataError(
-            f"{source}: the label {fractions[0]!r} is a number that is not whole; {AS_SCORE.format('label')}, "
-            f"or if it is a name, write one such as {'v' + fractions[0]!r}",
+            f"{source}: the label {fractions[0]!r} is a number that is not whole{beside}; if it is a name, write one "
+            f"such as {'v' + fractions[0]!r}",
             code="label_is_a_number",
             field="label",
         )

@@ -13,7 +13,6 @@ from loralab.tasks.beside_messages import beside, with_system
 from loralab.tasks.columns import Columns
 from loralab.tasks.formats import BESIDE, DataPart, Numbered, Row, is_conversation, is_empty
 from loralab.tasks.label_shapes import LABELS, SCORE, labels_in, score_in
-from loralab.tasks.labels import AS_SCORE
 from loralab.tasks.messages import FieldNames, Reading, conversation, require_answer, text_in
 from loralab.tasks.pictures import PictureFile, from_bytes, from_file
 
@@ -74,7 +73,7 @@ def _value(place: str, column: str, value: Any, own: str) -> Any:
     if column == LABELS:
         return sorted({_label(place, one) for one in labels_in(place, value)})
     if column == SCORE:
-        return score_in(place, own, value)
+        return score_in(place, own, value, "" if own == "label" else f"; names are classes: say --map label={own}")
     return text_in(place, repr(column), value)
 
 
@@ -149,7 +148,7 @@ def _label(place: str, value: Any) -> str:
         return text_in(place, "'label'", value).strip()
     remedy = ""
     if isinstance(value, float):
-        remedy = f"; {AS_SCORE.format('label')}"
+        remedy = "; numbers with fractions are learnt as a score, which is a number in every row"
     elif isinstance(value, list):
         remedy = "; several labels a row are a column labels, a list in every row"
     raise DataError(

@@ -13,6 +13,7 @@ from loralab.tasks.formats import is_empty
 
 Tool = dict[str, Any]
 SCHEMA_FIELDS = ("name", "description", "parameters")  # of a function, in the order in which servers write them
+WRONG = {"tools": "wrong_tools", "history": "wrong_history", "chat_template_kwargs": "wrong_kwargs"}  # field -> code
 UNTOLD = ("strict",)  # settings of a server, which the model is not told
 ESCAPED = frozenset("\"'\\<>&")  # characters that templates write in more than one way
 
@@ -135,8 +136,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _wrong(place: str, field: str, problem: str) -> DataError:
-    code = "wrong_tools" if field == "tools" else "wrong_calls"
-    return DataError(f"{place}: {field!r} {problem}", code=code, field=field)
+    return DataError(f"{place}: {field!r} {problem}", code=WRONG.get(field, "wrong_calls"), field=field)
 
 
 def names_of(tools: Sequence[Mapping[str, Any]]) -> str:
