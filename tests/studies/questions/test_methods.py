@@ -27,6 +27,7 @@ from loralab.studies.readings.published import holds_here
 from loralab.studies.statistics import median_interval
 from loralab.studies.study import Answer, Arm, Record, StudySetup
 from loralab.studies.timing import LEAST, overhead
+from loralab.studies.wording import say
 
 SETUP = StudySetup(study="methods", model="m", data="d")
 QUICK = StudySetup(study="methods", model="m", data="d", quick=True)
@@ -273,6 +274,7 @@ def test_forgetting_less_is_claimed_where_it_was_planted(lora: float, full: floa
     told = [f for f in answer.findings if "methods.elsewhere" in keys_in(f.sentence)]
     assert len(told) == 1 and told[0].effect == pytest.approx(full - lora, abs=0.02)
     assert "methods.by_forgetting" in keys_in(answer.blanks[3])
+    assert "  " not in say(told[0].sentence, "zh-TW")
     assert_it_renders(answer, "methods")
 
 
