@@ -15,7 +15,7 @@ from hostile.crash import Disaster, Ended, Victim
 
 from loralab.adapters import folder
 from loralab.serving.adapters.names import read_names
-from loralab.serving.http.app import DIGEST_HEADER
+from loralab.serving.http.service import DIGEST_HEADER
 
 FOLDERS = ("a", "b", "c")
 ASKED = {"prompt": "good film", "max_tokens": 6, "temperature": 0}

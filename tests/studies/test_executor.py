@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing.spawn
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +108,10 @@ def test_a_log_that_cannot_be_written_is_an_error_before_anything_starts(tmp_pat
         Here(tmp_path / "no folder" / "log").run(work, 1.0, tell=print)
 
 
-def test_the_users_script_is_not_run_again_and_comes_back() -> None:
+def test_the_users_script_is_not_run_again_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/a/script.py", raising=False)
+
     def runs_a_script() -> bool:
         return any(key.startswith("init_main") for key in multiprocessing.spawn.get_preparation_data("x"))
 

@@ -161,9 +161,8 @@ def test_a_cell_that_dies_is_a_record_and_the_next_one_runs(
 def test_the_worker_ends_with_its_parent(tmp_path: Path, own_study: Path) -> None:
     running = start("study", own_study, "--output-dir", tmp_path / "study")
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not list((tmp_path / "study").glob("runs/*")):
-        time.sleep(0.1)
-    trials = printing_to(tmp_path / "study" / store.LOG)
+    while time.monotonic() < deadline and not (trials := printing_to(tmp_path / "study" / store.LOG)):
+        time.sleep(0.01)
     running.kill()
     running.communicate()
     deadline = time.monotonic() + 10

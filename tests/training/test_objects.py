@@ -154,7 +154,6 @@ def test_a_live_run_goes_on_in_the_same_bytes_and_with_the_same_base_and_rows_al
         ({"model": "smollm2-135m"}, "no_effect", "tokenizer"),
         ({"data": 7}, "unknown_kind_of_data", "data"),
         ({"data": []}, "empty", "data"),
-        ({"data": [{"text": "a", "label": 0.5}] * 9}, "label_is_a_number", "label"),
         ({"precision": "bf16"}, "precision_differs", "precision"),
         ({"quantize": "nf4"}, "live_model", "quantize"),
         ({"new_tokens": ("<new>",)}, "live_model", "new_tokens"),
