@@ -34,6 +34,7 @@ from loralab.training.run import Run, run_request
 MEASURE = "loralab.studies.trained:measure"
 SEARCH = "loralab.studies.trained:searched"
 PROBE, PROBE_ROWS = "loralab.studies.trained:probed", 32
+LEFT_OUT = "loralab.studies.trained:left_out"
 BASE = "base"
 BASE_ARM = Arm(name=BASE, options={"measure": "loralab.studies.trained:untrained"}, tuned=False, plain=True)
 Tell = Callable[[dict[str, Any]], None]
@@ -91,6 +92,11 @@ def probed(trial: Trial, folder: Path, tell: Tell) -> Record:
     atomic.remove_folder(folder / "run")
     numbers = {"step_seconds": step_seconds(events), "row_seconds": row, **times}
     return Record(arm=trial.arm, seed=trial.seed, numbers=numbers)
+
+
+def left_out(trial: Trial, folder: Path, tell: Tell) -> Record:
+    """Return the record of an arm that its question leaves out, and why, so that it is named."""
+    return trial.record(status=FAILED, reason=trial.arm.options["reason"])
 
 
 def trained(trial: Trial, folder: Path, tell: Tell) -> Run:

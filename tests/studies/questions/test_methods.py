@@ -17,6 +17,7 @@ from studies.conftest import Here, assert_it_renders, keys_in, message_in, plant
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.budgets import trained_parameters
+from loralab.studies.evidence import unfinished
 from loralab.studies.measures import passes
 from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
@@ -26,6 +27,7 @@ from loralab.studies.readings.published import holds_here
 from loralab.studies.statistics import median_interval
 from loralab.studies.study import Answer, Arm, Record, StudySetup
 from loralab.studies.timing import LEAST, overhead
+from loralab.studies.wording import say
 
 SETUP = StudySetup(study="methods", model="m", data="d")
 QUICK = StudySetup(study="methods", model="m", data="d", quick=True)
@@ -114,6 +116,26 @@ def test_values_choose_methods() -> None:
     with pytest.raises(ConfigError, match="prefix") as raised:
         methods.arms(wrong, base(tiny.llama()))
     assert (raised.value.code, raised.value.field) == ("invalid_choice", "values")
+
+
+def test_full_fine_tuning_that_does_not_fit_is_named(
+    here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(methods, "SECONDS", (0, 0))
+    setup = setup_of("methods", tiny_bert_folder, noise_file, seeds=1, quick=True, values=("full",))
+    records = here(setup, tmp_path)
+    assert TRADEOFF not in {r.arm.name for r in records}
+    assert [(r.arm.name, r.status) for r in records if r.reason] == [("full", "failed")]
+    answer = methods.conclude(records, setup)
+    assert [name for name, _ in unfinished(records)] == ["full"]
+    assert_it_renders(answer, "methods")
+
+
+def test_a_method_that_was_asked_for_and_cannot_be_is_told(tiny_llama_folder: Path, sums_file: Path) -> None:
+    setup = setup_of("methods", tiny_llama_folder, sums_file, quick=True, values=("bitfit", "ia3"))
+    _, invalid, _ = prepare(setup, None)
+    assert set(invalid) == {"bitfit"}  # Llama has no biases
 
 
 def test_a_method_that_the_model_cannot_have_is_told(
@@ -252,6 +274,7 @@ def test_forgetting_less_is_claimed_where_it_was_planted(lora: float, full: floa
     told = [f for f in answer.findings if "methods.elsewhere" in keys_in(f.sentence)]
     assert len(told) == 1 and told[0].effect == pytest.approx(full - lora, abs=0.02)
     assert "methods.by_forgetting" in keys_in(answer.blanks[3])
+    assert "  " not in say(told[0].sentence, "zh-TW")
     assert_it_renders(answer, "methods")
 
 
@@ -362,6 +385,8 @@ def test_the_whole_study_on_a_tiny_encoder(
     assert {r.arm.name for r in records if r.reason} == set()
     answer = methods.conclude(records, setup)
     assert_it_renders(answer, "methods")
-    rows = [row["method"].values["family"] for row in answer.tables[0].rows]
+    *known, last = (row["method"] for row in answer.tables[0].rows)
+    assert last == "full"  # which the source's table has not
+    rows = [label.values["family"] for label in known]
     order = [methods.SOURCE.index(family) for family in rows]
     assert all(a <= b for a, b in pairwise(order))

@@ -23,7 +23,7 @@ from loralab.studies.readings.latencies import Latencies, added, in_short, pass_
 from loralab.studies.readings.published import published_table
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import MARGIN
-from loralab.studies.trained import BASE_ARM, MEASURE
+from loralab.studies.trained import BASE_ARM, LEFT_OUT, MEASURE
 from loralab.training.memory import available_bytes
 from loralab.values import check_choice
 
@@ -40,7 +40,7 @@ SHORT = (("houlsby", LARGE), ("prefix", LARGE), ("prefix", SMALL))
 LONG = (*((method, size) for method in ("houlsby", "pfeiffer", "prefix") for size in (LARGE, SMALL)), ("dora", LARGE))
 LATENCY, TRADEOFF, FULL = "latency", "learning and forgetting", "full"
 SHORT_RUN = 10**0.5  # times the usual rate, on the way to learning against forgetting
-STATE, ROOM = 16, 0.8  # bytes of a weight, its gradient and moments; share of the free memory for them
+STATE, ROOM = 16, 0.8  # bytes of a weight, its gradient and moments; share of the free memory that they may take
 SECONDS, TRIALS = (150, 20), (25, 12)  # of the latency trial: thorough, quick
 SOURCE = ("LoRA", "Adapter", "Prefix-tuning")  # the rows of the source's table
 FAMILIES = {"lora": "LoRA", "houlsby": "Adapter", "pfeiffer": "Adapter", "prefix": "Prefix-tuning"}
@@ -50,7 +50,8 @@ CHOICE = Message("methods.choice")
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return LoRA with rank 8, the others with as many parameters; the base; latencies, all in one trial.
 
-    A method that the model cannot have stays in with its usual size: that it cannot run is said.
+    A method that the model cannot have stays in where it is one of many sizes, or was asked for: that it
+    cannot run is said, and so is that full fine-tuning does not fit.
     """
     wanted = _wanted(setup)
     budgets = {name: trained_parameters(base, {**REFERENCE, "rank": rank}) for name, rank in BUDGETS.items()}
@@ -60,9 +61,10 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
     found += [_sized(base, method, size, budgets[size]) for method, size in pairs if method in wanted]
     if not setup.quick and "prefix-mlp" in wanted:
         found += _through_network(found)
-    others = [Arm(name=method, fields={"method": method}) for method in wanted if method not in SIZES]
-    unique = {arm.name: arm for arm in (*found, *(own for own in others if _is_possible(base, own.fields)))}
-    on_the_way = [_tradeoff(setup)] if FULL in unique else []
+    others = [method for method in wanted if method not in SIZES and (setup.values or _is_possible(base, method))]
+    found += [_sizeless(base, method) for method in others]
+    unique = {arm.name: arm for arm in found}
+    on_the_way = [_tradeoff(setup)] if FULL in unique and unique[FULL].tuned else []
     return [BASE_ARM, *unique.values(), *on_the_way, _latency(setup, base, budgets)]
 
 
@@ -93,13 +95,23 @@ def _through_network(found: Sequence[Arm]) -> list[Arm]:
     ]
 
 
-def _is_possible(base: Base, fields: Fields) -> bool:
-    """Tell whether the model can have a method, and whether full fine-tuning fits into memory."""
+def _is_possible(base: Base, method: str) -> bool:
+    """Tell whether the model can have a method."""
     try:
-        room = STATE * trained_parameters(base, fields)
+        trained_parameters(base, {"method": method})
     except InputError:
         return False
-    return fields["method"] != FULL or room < ROOM * available_bytes(device_here())
+    return True
+
+
+def _sizeless(base: Base, method: str) -> Arm:
+    """Return a method that has no size; full fine-tuning that does not fit into memory is left out by name."""
+    fields: Fields = {"method": method}
+    needed = STATE * trained_parameters(base, fields) if method == FULL else 0
+    if needed < ROOM * available_bytes(device_here()):
+        return Arm(name=method, fields=fields)
+    reason = f"its weights, gradients and moments take {needed / 1e9:.3g} GB, and less than that is free"
+    return Arm(name=method, fields=fields, options={"measure": LEFT_OUT, "reason": reason}, tuned=False)
 
 
 def _tradeoff(setup: StudySetup) -> Arm:
