@@ -164,3 +164,15 @@ def test_what_a_row_writes_in_the_words_of_the_template_is_not_written_twice(
     with pytest.raises(DataError) as caught:
         prompt_ids(Task(name="rows", format="messages", splits={}), row, bytes_tokenizer)
     assert (caught.value.code, caught.value.field) == ("tools_twice", "tools")
+
+
+@pytest.mark.parametrize(("options", "field"), [({"learn": "last"}, "learn"), ({"thoughts": "mask"}, "thoughts")])
+def test_choices_of_turns_are_refused_where_none_are_read(
+    options: dict[str, str], field: str, bytes_tokenizer: Any
+) -> None:
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    splits = dict.fromkeys(("train", "validation", "test"), rows)
+    task = Task(name="rows", format="text-label", splits=splits, labels=("x", "y"), chat=ChatOptions(**options))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as refused:
+        encode(task, "train", bytes_tokenizer, kind="sequence-classification", max_length=50)
+    assert (refused.value.code, refused.value.field) == ("no_effect", field)

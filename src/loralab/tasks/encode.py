@@ -15,6 +15,7 @@ from typing import Any
 from loralab.errors import ConfigError, DataError, format_value, join_limited
 from loralab.tasks.answered import Answered
 from loralab.tasks.catalog import Task
+from loralab.tasks.chat_options import DEFAULT
 from loralab.tasks.chats import Conversation, conversation_of, last_answer, require_choice, unread
 from loralab.tasks.examples import Encoded, Example, Ids
 from loralab.tasks.formats import FORMATS, Row
@@ -54,7 +55,24 @@ def encode(
 
     chosen = task.splits[split] if rows is None else rows
     require_suited(task, kind)
+    _require_conversations(task, kind)
     return kind_named(kind).encode(task, split, chosen, tokenizer, max_length=max_length, loss_on=loss_on)
+
+
+def _require_conversations(task: Task, kind: str) -> None:
+    """Refuse choices of turns for a kind of model that reads no conversations.
+
+    Raises:
+        ConfigError: they would have no effect.
+    """
+    if kind == "causal-lm" or task.chat == DEFAULT:
+        return
+    option = "thoughts" if task.chat.learn is None else "learn"
+    raise ConfigError(
+        f"--{option} chooses what is learnt of conversations, and a {kind} model reads none; leave it out",
+        code="no_effect",
+        field=option,
+    )
 
 
 def answered(task: Task, split: str, rows: Sequence[Row], tokenizer: Any, *, max_length: int, loss_on: str) -> Encoded:
