@@ -199,3 +199,9 @@ def test_a_base_for_llama_cpp_reads_back(tiny_llama_folder: Path, tmp_path: Path
     again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="base.gguf", dtype=torch.float32).eval()
     ids = [[3, 7, 1, 9, 12, 5]]
     assert torch.equal(logits_of(again, ids, "causal-lm"), logits_of(model, ids, "causal-lm"))
+
+
+def test_a_rank_that_vllm_has_no_buffer_for_ends_its_answer_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 600}')
+    question = Question(base="x", adapter=tmp_path, record={}, prompts=[[1]], precision="fp32")
+    assert "600" in str(engines.answer(ENGINES["vllm"], question))

@@ -28,7 +28,8 @@ lively_llama_folder = worlds.lively_llama_folder
 TASK = {"name": "films", "format": "text-label", "labels": ["good", "bad"]}
 TEXT: dict[str, Any] = {"model": "v0", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 PATIENCE = 60.0  # seconds, after which a connection counts as held for ever, on any machine
-QUICK = Limits(head_seconds=0.4, body_seconds=0.5, stall_seconds=0.4, connections=40, timeout=20)
+# a good client on a busy machine needs a while between head and body, too
+QUICK = Limits(head_seconds=2, body_seconds=2, stall_seconds=0.4, connections=40, timeout=20)
 
 
 @dataclass

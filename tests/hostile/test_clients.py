@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,27 +118,35 @@ def test_an_answer_that_nobody_waits_for_is_cancelled_and_its_cache_freed(live: 
 # -- too many, too much --------------------------------------------------------------------------
 
 
-def test_a_flood_is_refused_in_order_and_nothing_is_lost(live: Live) -> None:
-    until(live.at_rest)
-    expected = Neighbours(live).expected
+def test_a_flood_is_refused_in_order_and_nothing_is_lost(lively_llama_folder: Path, adapters: Path) -> None:
+    with serving(lively_llama_folder, adapters, limits=Limits(), max_batch=4, queue=8) as live:
+        flood(live, Neighbours(live).expected)
+
+
+def flood(live: Live, expected: dict[str, str]) -> None:
+    """Ask more than fits; nothing is answered until one was refused, however slow the clients are."""
+    refused, work = threading.Event(), live.engine._work
+    live.engine._work = lambda: work() if refused.wait(PATIENCE) else 0  # type: ignore[method-assign]
 
     async def ask(client: httpx.AsyncClient, number: int) -> tuple[int, bool]:
         body = {**TEXT, "model": f"v{number % 4}"}
-        for attempt in range(200):
+        attempts = 0
+        while True:
             response = await client.post("/v1/completions", json=body)
             if response.status_code == 200:
                 text = response.json()["choices"][0]["text"]
-                return attempt, text == expected[body["model"]]
+                return attempts, text == expected[body["model"]]
             assert response.status_code == 429, response.text
             assert response.json()["error"]["code"] == "queue_full"
+            refused.set()
+            attempts += 1
             await asyncio.sleep(0.02 * int(response.headers["retry-after"]))
-        return attempt, False
 
-    async def flood() -> list[tuple[int, bool]]:
-        async with httpx.AsyncClient(base_url=live.where, timeout=20) as client:
+    async def ask_all() -> list[tuple[int, bool]]:
+        async with httpx.AsyncClient(base_url=live.where, timeout=PATIENCE) as client:
             return await asyncio.gather(*(ask(client, number) for number in range(36)))
 
-    found = asyncio.run(flood())
+    found = asyncio.run(ask_all())
     assert all(right for _, right in found)
     assert any(attempts for attempts, _ in found)  # it was a flood
     until(live.at_rest)

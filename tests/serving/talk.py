@@ -68,8 +68,8 @@ def events(response: httpx.Response) -> list[Any]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Wait for something that happens in another thread."""
+def until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for something that happens in another thread, on any machine."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end

@@ -131,6 +131,29 @@ class Constraints:
         """Return how many tokens have logits."""
         return int(self._base.model.get_output_embeddings().weight.shape[0])
 
+    def tokenizer(self, stops: Iterable[int], field: str) -> Any:
+        """Return llguidance's tables of the tokenizer; the first time takes seconds and holds Python's lock.
+
+        Raises:
+            ConfigError: llguidance is missing, or does not know the tokenizer.
+        """
+        _library(field)
+        ends = tuple(sorted(stops))
+        if ends not in self._tokenizers:
+            from llguidance.hf import from_tokenizer
+
+            own = self._base.tokenizer
+            try:
+                size = max(len(own), self._vocab_size)
+                self._tokenizers[ends] = from_tokenizer(own, n_vocab=size, eos_token=list(ends) or None)
+            except Exception as error:  # a kind that it does not know
+                raise ConfigError(
+                    f"{field}: the tokenizer of {self._base.name} cannot be constrained: {str(error)[:MAX_PROBLEM]}",
+                    code="unsupported_tokenizer",
+                    field=field,
+                ) from None
+        return self._tokenizers[ends]
+
     def compile(self, grammar: Grammar, stops: Iterable[int]) -> Compiled:
         """Return a grammar for answers that end with one of `stops`.
 
@@ -146,8 +169,7 @@ class Constraints:
             if key in self._compiled:
                 self._compiled.move_to_end(key)
                 return self._compiled[key]
-        _matcher(lib, _bytes(lib), grammar, text)  # the tokenizer's own may have to be made first
-        matcher = _matcher(lib, self._tokenizer(lib, grammar.field, ends), grammar, text)
+        matcher = _matcher(lib, self.tokenizer(ends, grammar.field), grammar, text)
         compiled = Compiled(matcher=matcher, warning=" ".join(matcher.get_grammar_warnings())[:MAX_PROBLEM])
         with self._lock:
             self._compiled[key] = compiled
@@ -158,37 +180,6 @@ class Constraints:
     def begin(self, compiled: Compiled) -> Constraint:
         """Return the structure of an answer that begins now."""
         return Constraint(compiled.matcher.deep_copy(), self._pool, self._vocab_size)
-
-    def _tokenizer(self, lib: Any, field: str, stops: tuple[int, ...]) -> Any:
-        if stops not in self._tokenizers:
-            from llguidance.hf import from_tokenizer
-
-            own = self._base.tokenizer
-            try:
-                size = max(len(own), self._vocab_size)
-                self._tokenizers[stops] = from_tokenizer(own, n_vocab=size, eos_token=list(stops) or None)
-            except Exception as error:  # a kind that it does not know
-                raise ConfigError(
-                    f"{field}: the tokenizer of {self._base.name} cannot be constrained: {str(error)[:MAX_PROBLEM]}",
-                    code="unsupported_tokenizer",
-                    field=field,
-                ) from None
-        return self._tokenizers[stops]
-
-
-class _Bytes:
-    """A tokenizer of bytes, as llguidance wants one described."""
-
-    eos_token_id, bos_token_id = 256, None
-    special_token_ids = (256,)
-    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
-
-    def __call__(self, text: bytes) -> list[int]:
-        return list(text)
-
-
-def _bytes(lib: Any) -> Any:
-    return lib.LLTokenizer(lib.TokenizerWrapper(_Bytes()))
 
 
 def _matcher(lib: Any, tokenizer: Any, grammar: Grammar, text: str) -> Any:

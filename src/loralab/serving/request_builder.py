@@ -43,6 +43,14 @@ class RequestBuilder:
         self._numbers = itertools.count()  # of rows and inputs
         self.constraints = Constraints(base)
 
+    def prepare_structures(self, entry: AdapterInfo | None, field: str) -> None:
+        """Make what all structures of an adapter need.
+
+        Raises:
+            ConfigError: as in `Constraints.tokenizer`.
+        """
+        self.constraints.tokenizer(self.tokenizers.of(entry).stops, field)
+
     def compile(self, grammar: Grammar, entry: AdapterInfo | None) -> Compiled:
         """Return the structure of answers of an adapter.
 

@@ -1,11 +1,13 @@
 """The engine of a language model: texts token by token, and classes by the chances of their labels."""
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
+from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.serving.adapters.info import AdapterInfo
 from loralab.serving.adapters.store import Store
@@ -40,6 +42,12 @@ class TextEngine(Engine[Generation | LabelScoring]):
     ) -> None:
         super().__init__(base, store, settings, runner=runner, context=context)
         self._scheduler, self._builder = scheduler, RequestBuilder(base, context)
+
+    def start(self) -> None:
+        """Begin to work; what structures need is made before, as it would hold up every answer."""
+        with contextlib.suppress(ConfigError):  # a request for structure is told why there is none
+            self.prepare_structures(None, "structured_outputs")
+        super().start()
 
     @property
     def slower(self) -> dict[str, str]:
@@ -88,6 +96,14 @@ class TextEngine(Engine[Generation | LabelScoring]):
         live = self._builder.classification(inputs, self._entry(adapter))
         self._enter(live)
         return live.future
+
+    def prepare_structures(self, entry: AdapterInfo | None, field: str) -> None:
+        """Make what all structures of an adapter need; takes seconds, once for each way that answers end.
+
+        Raises:
+            ConfigError: llguidance is missing, or does not know the tokenizer.
+        """
+        self._builder.prepare_structures(entry, field)
 
     def compile(self, grammar: Grammar, entry: AdapterInfo | None) -> Compiled:
         """Return a structure for answers of an adapter; takes up to a tenth of a second.

@@ -32,6 +32,7 @@ from loralab.tasks.samples import MAX_POSITIONS
 
 MOST_TOLD = 2048  # tokens of a place, by llama.cpp, which tells them one by one
 MOST_BY_VLLM = 64  # each is an object of Python's on its way between processes
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the sizes of its buffers
 HERE = Path(__file__).parent
 
 
@@ -93,7 +94,9 @@ def _vllm(question: Question) -> Answers:
     if question.adapter is not None:
         fields = read_json(question.adapter / CONFIG)
         ranks = [fields.get("r") or 8, *(fields.get("rank_pattern") or {}).values()]
-        rank = next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= max(ranks))
+        rank = next((size for size in VLLM_RANKS if size >= max(ranks)), 0)
+        if not rank:
+            raise RunError(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this is {max(ranks)}", code="rank_too_large")
     config = models.configuration(question.base)
     asked = _asked(question, model=resolve(question.base), rank=rank, precision=question.precision)
     asked["most"] = min(MOST_BY_VLLM, config.get_text_config().vocab_size)

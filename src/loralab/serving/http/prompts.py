@@ -105,6 +105,13 @@ class Prompts:
         """
         if grammar is None:
             return None
+        try:
+            await self.service.run_in_tokenizer_thread(lambda: self.engine.prepare_structures(entry, grammar.field))
+            return await self._compile_in_time(grammar, entry)
+        except LoralabError as error:
+            raise to_api_error(error) from None
+
+    async def _compile_in_time(self, grammar: Grammar, entry: "AdapterInfo | None") -> Compiled:
         if len(self._compiling) >= MAX_COMPILING:
             raise ApiError(503, "too many structures are compiled now", code="busy", retry_after=RETRY_SECONDS)
         future: Future[Compiled] = Future()
@@ -116,8 +123,6 @@ class Prompts:
         except TimeoutError:
             text = f"{grammar.field} takes more than {COMPILE_SECONDS:g} seconds to compile"
             raise ApiError(400, text, param=grammar.field, code=f"invalid_{grammar.kind}") from None
-        except LoralabError as error:
-            raise to_api_error(error) from None
 
     def _resolve(self, future: "Future[Compiled]", work: Callable[[], Compiled]) -> None:
         with contextlib.suppress(InvalidStateError):  # nobody waits any more
