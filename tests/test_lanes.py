@@ -1,6 +1,8 @@
 """Lanes compute what one thread after the other would; the choice of threads finds the quicker number."""
 
+import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -45,6 +47,32 @@ def test_lanes_are_at_work_together_with_one_thread_each(two_threads: None) -> N
     later.start()
     later.join()
     assert found == [2]
+
+
+def test_lanes_leave_the_threads_yet_to_come_their_number(two_threads: None) -> None:
+    found: list[int] = []
+    for _ in range(20):
+        lanes._lanes.cache_clear()
+        assert side_by_side(lambda item: torch.get_num_threads(), [0, 1, 2]) == [1, 1, 1]
+        later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+    assert found == [2] * 20
+
+
+def test_an_interrupt_waits_for_those_at_work() -> None:
+    both, ended = threading.Barrier(2, timeout=60), []
+
+    def work(item: int) -> None:
+        both.wait()
+        if item == 0:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.3)
+        ended.append(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side(work, [0, 1])
+    assert sorted(ended) == [0, 1]
 
 
 @pytest.mark.parametrize("follows", [True, False])

@@ -11,6 +11,7 @@ import contextvars
 import functools
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -42,12 +43,15 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list[
         with torch.set_grad_enabled(follows):
             return work(item)
 
-    before = torch.get_num_threads()
+    pool = _lanes(min(len(items), MAX_LANES))
+    begun = [pool.submit(contextvars.copy_context().run, run, item) for item in items]
     try:
-        begun = [_lanes().submit(contextvars.copy_context().run, run, item) for item in items]
         wait(begun)
-    finally:
-        torch.set_num_threads(before)  # of threads that are yet to come
+    except BaseException:  # Ctrl-C: whoever puts the model back must not meet those still at work
+        for one in begun:
+            one.cancel()
+        wait(begun)
+        raise
     return [one.result() for one in begun]
 
 
@@ -127,16 +131,20 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@functools.lru_cache(maxsize=1)
-def _lanes() -> ThreadPoolExecutor:
-    """Return threads whose torch computes in that thread alone."""
-    return ThreadPoolExecutor(MAX_LANES, "lane", initializer=_alone)
+@functools.lru_cache(maxsize=MAX_LANES)
+def _lanes(count: int) -> ThreadPoolExecutor:
+    """Return so many threads whose torch computes in that thread alone."""
+    before, meeting = torch.get_num_threads(), threading.Barrier(count)
 
+    def alone() -> None:
+        torch.ones(1 << 16).sin()  # before its first operation a thread has no number of its own
+        torch.set_num_threads(1)
+        meeting.wait()  # one that began later would set the number of threads yet to come
 
-def _alone() -> None:
-    """Let torch use this thread only."""
-    torch.ones(1 << 16).sin()  # before its first operation a thread has no number of its own
-    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(count, "lane", initializer=alone)
+    wait([pool.submit(int) for _ in range(count)])
+    torch.set_num_threads(before)
+    return pool
 
 
 os.register_at_fork(after_in_child=_lanes.cache_clear)  # threads do not survive it

@@ -140,7 +140,7 @@ def _output(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, low:
         W = weight if layout.transposed else weight.T
         y = summed([(flat_rows(x), W), (low, B.T)], bias)
         if y is not None:
-            return y.view(*x.shape[:-1], y.shape[1])
+            return y.view(*x.shape[:-1], y.shape[1]).detach()  # no view, as base_output says
     y = base_output(x, weight, bias, layout)
     up(flat_rows(y), low, B.T)
     return y

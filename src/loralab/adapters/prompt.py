@@ -39,6 +39,8 @@ from loralab.errors import AdapterStateError, TargetError
 class Embeddings(nn.Module):
     """The prompt (P, E), and what it amounts to in each layer of the present forward pass."""
 
+    one_pass_at_a_time = True
+
     def __init__(self, start: Tensor, layers: int) -> None:
         super().__init__()
         self.tokens = len(start)

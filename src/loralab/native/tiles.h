@@ -9,7 +9,8 @@
 #include "dots.h"
 #include <unistd.h>
 
-#if defined(__AVX512BF16__) && (defined(__AMX_BF16__) || defined(LORALAB_TILE_MODEL))
+#if defined(__AVX512BF16__) && \
+    ((defined(__AMX_BF16__) && defined(__linux__)) || defined(LORALAB_TILE_MODEL))
 #define TILES
 
 #ifdef LORALAB_TILE_MODEL

@@ -37,7 +37,7 @@ from transformers import (
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import attach
-from loralab.adapters.methods import LoRA
+from loralab.adapters.methods import LoRA, Prompt
 from loralab.errors import ModelError
 from loralab.models.pictures import Pictures
 from loralab.tasks.examples import IGNORED, Example
@@ -445,6 +445,27 @@ def test_lanes_call_the_hooks_of_gradients(two_lanes: None) -> None:
         parameter.register_post_accumulate_grad_hook(lambda p, number=number: seen.append(number))
     result(path, adapter, RAGGED)
     assert sorted(seen) == list(range(len(adapter.parameters())))
+
+
+def test_lanes_leave_what_has_no_gradient_without_one(two_lanes: None) -> None:
+    adapter = adapted(llama())
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    path.model.spare = torch.nn.Parameter(torch.ones(2))
+    with path.activated():
+        path.loss(RAGGED).backward()
+    assert path.model.spare.grad is None
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
+def test_gradients_of_lanes_are_added_where_there_are_any() -> None:
+    one, two = torch.ones(2), torch.full((2,), 3.0)
+    found = forward_path._added([[None, one, one.clone(), None], [two, None, two, None]])
+    assert [None if t is None else t.tolist() for t in found] == [[3.0, 3.0], [1.0, 1.0], [4.0, 4.0], None]
+
+
+def test_a_prompt_is_worked_out_in_one_lane(two_lanes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_path, "side_by_side", lambda work, items: [work(item) for item in items])
+    assert fastest_path(adapted(llama(), Prompt(tokens=2)), "causal-lm", pad_id=0).lanes == 1
 
 
 def test_random_numbers_are_drawn_in_one_lane(two_lanes: None) -> None:

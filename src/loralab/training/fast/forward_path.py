@@ -95,15 +95,12 @@ class ForwardPath:
         """Return the summed loss of parts that are computed side by side, each with its gradient."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
 
-        def one(rows: Sequence[Example]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        def one(rows: Sequence[Example]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
             loss = self._loss(rows)
-            return loss.detach(), torch.autograd.grad(loss, trained, materialize_grads=True)
+            return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)
 
         losses, gradients = zip(*side_by_side(one, parts), strict=True)
-        summed = list(gradients[0])
-        for found in gradients[1:]:
-            torch._foreach_add_(summed, found)
-        return _WithGradient.apply(torch.stack(losses).sum(), summed, *trained)
+        return _WithGradient.apply(torch.stack(losses).sum(), _added(gradients), *trained)
 
     def _lanes(self, examples: Sequence[Example]) -> Sequence[Sequence[Example]]:
         """Return the rows of a pass in parts to compute side by side; one where that would not be quicker."""
@@ -173,14 +170,24 @@ class _WithGradient(torch.autograd.Function):
     """A loss (), whose gradient by all that is trained is known already."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradient: Sequence[Tensor], *trained: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradient: Sequence[Tensor | None], *trained: Tensor) -> Tensor:
         ctx.gradient = gradient
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *torch._foreach_mul(ctx.gradient, float(d_loss))
+        scale = float(d_loss)
+        return None, None, *(None if found is None else found * scale for found in ctx.gradient)
+
+
+def _added(gradients: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """Return the sum of what lanes found for each tensor; None where no lane found anything."""
+    summed = list(gradients[0])
+    for others in gradients[1:]:
+        for i, (one, other) in enumerate(zip(summed, others, strict=True)):
+            summed[i] = other if one is None else one if other is None else one.add_(other)
+    return summed
 
 
 def rounded_up(size: int) -> int:
@@ -253,6 +260,8 @@ def _lanes_that_agree(
     count, at = lane_count(), next(path.model.parameters())
     # in fp16 a gradient must be scaled before it is computed
     suits = at.device.type == "cpu" and _dtype(path.model) != torch.float16 and path.world.size == 1
+    # another pass in between would put its own states there: a trial may miss that
+    suits = suits and not any(getattr(module, "one_pass_at_a_time", False) for module in path.model.modules())
     if count == 1 or not suits or not kind_named(path.kind).cuttable or _draws(path, examples):
         return 1
     with path.activated():
