@@ -75,6 +75,13 @@ def test_an_interrupt_waits_for_those_at_work() -> None:
     assert sorted(ended) == [0, 1]
 
 
+@pytest.mark.parametrize("kind", [None, "linear", "dynamic", {"full_attention": "longrope"}])
+def test_angles_that_depend_on_the_batch_are_not_shared(kind: object) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    model[0].rope_type = kind  # type: ignore[assignment]
+    assert lanes.can_share(model) == (kind in (None, "linear"))
+
+
 @pytest.mark.parametrize("follows", [True, False])
 def test_gradients_are_followed_as_they_are_outside(follows: bool) -> None:
     with torch.set_grad_enabled(follows):

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 MAX_LANES = 4  # each passes through the whole model, so memory traffic grows with them
 FIRST_PAUSE, LAST_PAUSE = 0.5, 8.0  # seconds after which the slower number of threads is tried again
@@ -30,6 +31,19 @@ def lane_count() -> int:
     """Return how many lanes there are: torch's threads here, or 1 where those are too many for lanes."""
     threads = torch.get_num_threads()
     return threads if threads <= MAX_LANES else 1
+
+
+def can_share(model: nn.Module) -> bool:
+    """Return whether passes through a model may run side by side: no module puts something of its own pass there.
+
+    Rotary angles that depend on the longest row of a batch do, and modules that say
+    `one_pass_at_a_time`. A trial of two passes may miss that.
+    """
+    return not any(
+        getattr(module, "one_pass_at_a_time", False)
+        or any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope"))
+        for module in model.modules()
+    )
 
 
 def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

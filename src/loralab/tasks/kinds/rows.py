@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from loralab.lanes import in_lanes
+from loralab.lanes import can_share, in_lanes
 from loralab.tasks.examples import Example
 from loralab.tasks.forward import by_length, merged
 from loralab.tasks.kinds.kind import Kind, Scoring
@@ -32,6 +32,7 @@ def by_example(
 
     batches = by_length(given.model, given.tokenizer, examples, kind, given.batch_size, given.among)
     alone = given.among is not None or next(given.model.parameters()).device.type != "cpu"
+    alone = alone or not can_share(given.model)
     parts = map(one, batches) if alone else in_lanes(one, batches, _alike)
     found = merged(dict(itertools.chain.from_iterable(parts)), given.among)
     return [found[index] for index in range(len(examples))]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from loralab.adapters.adapter import Adapter
 from loralab.errors import LoralabError, ModelError
-from loralab.lanes import lane_count, side_by_side
+from loralab.lanes import can_share, lane_count, side_by_side
 from loralab.tasks.batches import collate, micro_batches, pack, shared_out
 from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
@@ -260,9 +260,13 @@ def _lanes_that_agree(
     count, at = lane_count(), next(path.model.parameters())
     # in fp16 a gradient must be scaled before it is computed
     suits = at.device.type == "cpu" and _dtype(path.model) != torch.float16 and path.world.size == 1
-    # another pass in between would put its own states there: a trial may miss that
-    suits = suits and not any(getattr(module, "one_pass_at_a_time", False) for module in path.model.modules())
-    if count == 1 or not suits or not kind_named(path.kind).cuttable or _draws(path, examples):
+    if (
+        count == 1
+        or not suits
+        or not can_share(path.model)
+        or not kind_named(path.kind).cuttable
+        or _draws(path, examples)
+    ):
         return 1
     with path.activated():
         path.model.eval()
