@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loralab.adapters import skinny
 from loralab.adapters.fused import BaseWithUpdate, linears_with_updates
 from loralab.adapters.linear import LinearWithLoRA, together
 from loralab.adapters.methods import LoRA
-from loralab.native.library import Kernels
 
 
 def layer(kind: str, inputs: int = 5, outputs: int = 4) -> Any:
@@ -262,16 +260,6 @@ def test_the_output_may_be_changed_in_place(kind: str, shape: tuple[int, ...], o
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, module.lora_B])])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_the_output_of_matrix_registers_may_be_changed_in_place(
-    registers: Kernels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(skinny, "kernels_for", lambda x: registers)
-    module = LinearWithLoRA(layer("no bias", 32, 32).bfloat16(), LoRA(rank=2))
-    x = torch.randn(skinny.MIN_TALL_ROWS, 32).bfloat16().requires_grad_()
-    expected = torch.autograd.grad((2 * module(x)).sum(), x)[0]
-    assert torch.equal(torch.autograd.grad(module(x).mul_(2).sum(), x)[0], expected)
 
 
 def test_outputs_of_layers_together_may_be_changed_in_place() -> None:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from loralab.adapters.bases import compute_dtype, is_conv1d, is_quantized
 from loralab.adapters.eager import is_batch, is_hooked, is_plain_tensor
-from loralab.adapters.skinny import down, outer, summed, up
+from loralab.adapters.skinny import down, outer, up
 
 
 class BaseWithUpdate(NamedTuple):
@@ -101,8 +101,10 @@ class _LinearsWithUpdates(torch.autograd.Function):
         low = down([flat_rows(x if mask is None else x * mask)], [A], scale)  # (N, R of all)
         outputs, start = [], 0
         for layout, weight, bias, B in zip(layouts, weights, biases, Bs, strict=True):
-            outputs.append(_output(x, weight, bias, layout, low[:, start : start + B.shape[1]], B))
+            y = base_output(x, weight, bias, layout)
+            up(flat_rows(y), low, B.T, start)
             start += B.shape[1]
+            outputs.append(y)
         ctx.save_for_backward(x, mask, A, low, *weights, *As, *Bs)
         ctx.layouts = layouts
         return tuple(outputs)
@@ -132,18 +134,6 @@ class _LinearsWithUpdates(torch.autograd.Function):
             start += rank
         dx = _input_gradient(flat, weights, layouts, G, A, mask) if needed[0] else None
         return (None if dx is None else dx.view(x.shape), None, None, *gradients)
-
-
-def _output(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, low: Tensor, B: Tensor) -> Tensor:
-    """Return the layer's output with its update, (..., O); low (N, R)."""
-    if layout.unpack is None:
-        W = weight if layout.transposed else weight.T
-        y = summed([(flat_rows(x), W), (low, B.T)], bias)
-        if y is not None:
-            return y.view(*x.shape[:-1], y.shape[1]).detach()  # no view, as base_output says
-    y = base_output(x, weight, bias, layout)
-    up(flat_rows(y), low, B.T)
-    return y
 
 
 def _followed_gradients(
@@ -199,11 +189,6 @@ def _input_gradient(
     mask: Tensor | None,
 ) -> Tensor:
     """Return dx (N, I): the sum over all layers of dy W, plus what came through the updates."""
-    if mask is None and all(layout.unpack is None for layout in layouts):
-        pairs = [(dy, _matrix(W, own, dy)) for dy, W, own in zip(dys, weights, layouts, strict=True)]
-        dx = summed([*pairs, (G, A)])
-        if dx is not None:
-            return dx
     dx = through_bases(dys, weights, layouts)
     add_through_update(dx, G, A, None if mask is None else flat_rows(mask))
     return dx

@@ -15,7 +15,6 @@ from loralab.native.library import Kernels, SkinnyGemm, kernels_for
 
 MAX_NATIVE_RANK = 64  # ranks up to which it pays
 WIDTH_MULTIPLE = 32  # what a width must be a multiple of
-MIN_TALL_ROWS = 64  # rows from which on matrix registers pay for bringing W into their order
 
 
 def down(xs: Sequence[Tensor], matrices: Sequence[Tensor], scale: float) -> Tensor:
@@ -29,10 +28,7 @@ def down(xs: Sequence[Tensor], matrices: Sequence[Tensor], scale: float) -> Tens
     start = 0
     for found, (x, M) in zip(native, pairs, strict=True):
         assert found is not None
-        if suits_tiles(x, M.T):
-            found.tall_product([(x, M.T)], low[:, start : start + M.shape[0]], scale)
-        else:
-            found.skinny_gemm("low_down", x, M, low, start, scale)
+        found.skinny_gemm("low_down", x, M, low, start, scale)
         start += M.shape[0]
     return low
 
@@ -55,34 +51,8 @@ def outer(x: Tensor, low: Tensor, start: int, rank: int, turned: bool = False) -
         part = low[:, start : start + rank]
         return x.T @ part if turned else part.T @ x
     found = torch.empty((x.shape[1], rank) if turned else (rank, x.shape[1]))
-    flat = found.T if turned else found
-    if suits_tiles(x):
-        native.tall_product([(low[:, start : start + rank].T.contiguous(), x)], flat)
-    else:
-        native.skinny_gemm("low_outer", x, flat, low, start)
+    native.skinny_gemm("low_outer", x, found.T if turned else found, low, start)
     return found
-
-
-def suits_tiles(x: Tensor, *matrices: Tensor) -> Kernels | None:
-    """Return the compiled functions, where matrix registers suit x (N, K) times each W (K, M)."""
-    found = kernels_for(x)
-    if found is None or not found.tiles or len(x) < MIN_TALL_ROWS or x.stride(1) != 1:
-        return None
-    fits = all(1 in W.stride() and W.dtype in (torch.bfloat16, torch.float32) for W in matrices)
-    return found if fits else None
-
-
-def summed(pairs: Sequence[tuple[Tensor, Tensor]], bias: Tensor | None = None) -> Tensor | None:
-    """Return the sum of x W over pairs, plus a bias, in one pass: (N, M) in bf16; x (N, K), W (K, M).
-
-    None where matrix registers do not suit it.
-    """
-    native = suits_tiles(pairs[0][0], *(W for _, W in pairs))
-    if native is None or any(x.dtype != torch.bfloat16 or x.stride(1) != 1 for x, _ in pairs):
-        return None
-    out = pairs[0][0].new_empty(len(pairs[0][0]), pairs[0][1].shape[1])
-    native.tall_product(pairs, out, bias=bias)
-    return out
 
 
 def batched(kind: str, products: Sequence[SkinnyGemm]) -> None:

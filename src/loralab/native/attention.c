@@ -361,3 +361,11 @@ int has_dots(void) { return 1; }
 #else
 int has_dots(void) { return 0; }
 #endif
+
+int has_tiles(void) {
+#ifdef TILES
+    return tiles_allowed();
+#else
+    return 0;
+#endif
+}

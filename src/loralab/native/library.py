@@ -49,7 +49,6 @@ DOTS = {  # of the files that need the processor's own dot products
     "low_many": "lpl",
     "llama_step": "pp",
 }
-TILES = {"tall_product": "p"}  # of the file that needs matrix registers
 C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float}
 
 
@@ -71,32 +70,17 @@ class _Thin(ctypes.Structure):
     ]
 
 
-class _Source(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("x", "w")],
-        *[(name, ctypes.c_int64) for name in ("k", "x_row", "wk", "wm", "floats")],
-    ]
-
-
-class _Tall(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("sources", "out", "bias")],
-        *[(name, ctypes.c_int64) for name in ("count", "n", "m", "row", "column", "floats")],
-        ("scale", ctypes.c_double),
-    ]
-
-
 class Kernels:
     """The compiled functions; tensors are passed as their addresses, so they must be dense.
 
     `dots` is whether those of attention.c, lowrank.c and serve.c are among them, which need AVX-512
-    with bfloat16; `tiles` whether that of tiles.c is, which needs matrix registers (AMX).
+    with bfloat16; `tiles` whether attention may use matrix registers (AMX).
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._functions: dict[str, Callable[..., None]] = {}
         self.dots, self.tiles = bool(library.has_dots()), bool(library.has_tiles())
-        for name, letters in (SIGNATURES | (DOTS if self.dots else {}) | (TILES if self.tiles else {})).items():
+        for name, letters in (SIGNATURES | (DOTS if self.dots else {})).items():
             function = getattr(library, name)
             function.argtypes = [*(C_TYPES[letter] for letter in letters), ctypes.c_int]
             function.restype = None
@@ -128,28 +112,6 @@ class Kernels:
         number = ("down", "up", "outer").index(kind)
         address = ctypes.addressof(found)
         self._functions["low_many"](number, address, len(found), torch.get_num_threads())
-
-    def tall_product(
-        self, pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor, scale: float = 1.0, bias: Tensor | None = None
-    ) -> None:
-        """Write scale x (the sum of x W over the pairs) + bias into `out` (N, M), by tiles.c.
-
-        Args:
-            pairs: x (N, K) in bf16 with dense rows; W (K, M) in bf16 or float32, of which one stride is 1.
-            out: in bf16 with dense rows, or in float32.
-            bias: (M,) in bf16.
-        """
-        sources = [
-            _Source(x.data_ptr(), W.data_ptr(), x.shape[1], x.stride(0), *W.stride(), W.dtype == torch.float32)
-            for x, W in pairs
-        ]
-        laid = (_Source * len(sources))(*sources)
-        address = None if bias is None else bias.data_ptr()
-        wide = out.dtype == torch.float32
-        whole = _Tall(
-            ctypes.addressof(laid), out.data_ptr(), address, len(laid), *out.shape, *out.stride(), wide, scale
-        )
-        self._functions["tall_product"](ctypes.addressof(whole), torch.get_num_threads())
 
     def addressed(self, name: str, *addresses: int) -> None:
         """Run one of the functions on structures of the caller's."""
