@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+PATIENCE = 60.0  # seconds within which all threads of some lanes must have begun
 MAX_LANES = 4  # each passes through the whole model, so memory traffic grows with them
 FIRST_PAUSE, LAST_PAUSE = 0.5, 8.0  # seconds after which the slower number of threads is tried again
 
@@ -148,7 +149,7 @@ def threads(count: int) -> Iterator[None]:
 @functools.lru_cache(maxsize=MAX_LANES)
 def _lanes(count: int) -> ThreadPoolExecutor:
     """Return so many threads whose torch computes in that thread alone."""
-    before, meeting = torch.get_num_threads(), threading.Barrier(count)
+    before, meeting = torch.get_num_threads(), threading.Barrier(count, timeout=PATIENCE)
 
     def alone() -> None:
         torch.ones(1 << 16).sin()  # before its first operation a thread has no number of its own

@@ -37,7 +37,7 @@ from transformers import (
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import attach
-from loralab.adapters.methods import LoRA, Prompt
+from loralab.adapters.methods import FullFineTune, LoRA, Prompt
 from loralab.errors import ModelError
 from loralab.models.pictures import Pictures
 from loralab.tasks.examples import IGNORED, Example
@@ -422,6 +422,7 @@ def two_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_path, "lane_count", lambda: 2)
     monkeypatch.setattr(forward_path, "MIN_LANE_TOKENS", 1)
     monkeypatch.setattr(forward_path, "MIN_BALANCE", 0.0)
+    monkeypatch.setattr(forward_path, "MAX_TRAINED_SHARE", 1.0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -483,6 +484,12 @@ def test_a_model_that_cannot_be_in_two_places_has_one_lane(two_lanes: None) -> N
     adapter = adapted(model)
     model.model.norm.register_forward_pre_hook(only_once)
     assert fastest_path(adapter, "causal-lm", pad_id=0).lanes == 1
+
+
+def test_large_gradients_have_one_lane(two_lanes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_path, "MAX_TRAINED_SHARE", 0.5)
+    for method, lanes in ((LoRA(rank=1), 2), (FullFineTune(), 1)):
+        assert fastest_path(adapted(llama(), method), "causal-lm", pad_id=0).lanes == lanes
 
 
 def test_unequal_or_few_rows_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
