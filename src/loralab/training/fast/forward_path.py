@@ -36,7 +36,7 @@ GRADIENT_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16:
 # whose rows change their places round otherwise
 LOOKAHEAD_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 MIN_LANE_TOKENS = 256  # fewer pay for reading all weights once more
-MAX_TRAINED_SHARE = 0.1  # of the parameters: each lane has a gradient of its own for what is trained
+MAX_TRAINED_SHARE = 0.1  # of the frozen parameters: each lane has a gradient of its own for what is trained
 MIN_BALANCE = 0.8  # tokens of a mean lane, as a share of the fullest one's
 
 
