@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from loralab.adapters.adapter import Adapter
 from loralab.errors import LoralabError, ModelError
-from loralab.lanes import can_share, lane_count, side_by_side
+from loralab.lanes import can_share, lane_count
 from loralab.tasks.batches import collate, micro_batches, pack, shared_out
 from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
 from loralab.tasks.kinds.registry import kind_named
 from loralab.training.fast.attention import Packing
+from loralab.training.fast.lane_loss import lane_loss
 from loralab.training.fast.patches import Forward, known_modules, patched
 from loralab.training.loss import summed_loss
 from loralab.training.world import World
@@ -85,23 +85,12 @@ class ForwardPath:
         if self.in_batch_negatives and self.world.size > 1:
             return self.shared_loss(examples)
         parts = self._lanes(examples)
-        return self._loss(examples) if len(parts) == 1 else self._loss_in_lanes(parts)
+        return self._loss(examples) if len(parts) == 1 else lane_loss(self._loss, parts, self.model)
 
     def _loss(self, examples: Sequence[Example]) -> Tensor:
         if self.mode == "packed":
             return self._packed_loss([len(example.input_ids) for example in examples], examples)
         return answer_loss(self.model, self.batch(examples), self.kind)[0]
-
-    def _loss_in_lanes(self, parts: Sequence[Sequence[Example]]) -> Tensor:
-        """Return the summed loss of parts that are computed side by side, each with its gradient."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-
-        def one(rows: Sequence[Example]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-            loss = self._loss(rows)
-            return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)
-
-        losses, gradients = zip(*side_by_side(one, parts), strict=True)
-        return _WithGradient.apply(torch.stack(losses).sum(), _added(gradients), *trained)
 
     def _lanes(self, examples: Sequence[Example]) -> Sequence[Sequence[Example]]:
         """Return the rows of a pass in parts to compute side by side; one where that would not be quicker."""
@@ -165,30 +154,6 @@ class ForwardPath:
         plain = self.mode == "plain"
         with contextlib.nullcontext() if plain else patched(self.model, self.quicker):
             yield
-
-
-class _WithGradient(torch.autograd.Function):
-    """A loss (), whose gradient by all that is trained is known already."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradient: Sequence[Tensor | None], *trained: Tensor) -> Tensor:
-        ctx.gradient = gradient
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        scale = float(d_loss)
-        return None, None, *(None if found is None else found * scale for found in ctx.gradient)
-
-
-def _added(gradients: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-    """Return the sum of what lanes found for each tensor; None where no lane found anything."""
-    summed = list(gradients[0])
-    for others in gradients[1:]:
-        for i, (one, other) in enumerate(zip(summed, others, strict=True)):
-            summed[i] = other if one is None else one if other is None else one.add_(other)
-    return summed
 
 
 def rounded_up(size: int) -> int:
@@ -258,24 +223,29 @@ def _lanes_that_agree(
     path: ForwardPath, adapter: Adapter, examples: Sequence[Example], expected: tuple[Tensor, Tensor]
 ) -> int:
     """Return how many parts of a pass may be computed side by side."""
-    count, at = lane_count(), next(path.model.parameters())
-    # in fp16 a gradient must be scaled before it is computed
-    suits = at.device.type == "cpu" and _dtype(path.model) != torch.float16 and path.world.size == 1
-    if (
-        count == 1
-        or not suits
-        or not can_share(path.model)
-        or not kind_named(path.kind).cuttable
-        or _draws(path, examples)
-    ):
+    count = lane_count()
+    if count == 1 or not _suits_lanes(path, adapter) or _draws(path, examples):
         return 1
     with path.activated():
         path.model.eval()
         try:
-            found = gradient_of(path._loss_in_lanes(shared_out(examples, count)), adapter)
+            found = gradient_of(lane_loss(path._loss, shared_out(examples, count), path.model), adapter)
         except Exception:  # a model that cannot be in two places at once
             return 1
     return 1 if difference(path.model, expected, found) else count
+
+
+def _suits_lanes(path: ForwardPath, adapter: Adapter) -> bool:
+    """Return whether parts of a pass can be computed side by side, if a trial agrees."""
+    frozen = sum(parameter.numel() for parameter in path.model.parameters() if not parameter.requires_grad)
+    return (
+        next(path.model.parameters()).device.type == "cpu"
+        and _dtype(path.model) != torch.float16  # whose gradient must be scaled before it is computed
+        and path.world.size == 1
+        and adapter.num_parameters <= MAX_TRAINED_SHARE * frozen
+        and kind_named(path.kind).cuttable
+        and can_share(path.model)
+    )
 
 
 def _draws(path: ForwardPath, examples: Sequence[Example]) -> bool:
