@@ -41,7 +41,7 @@ from loralab.adapters.methods import FullFineTune, LoRA, Prompt
 from loralab.errors import ModelError
 from loralab.models.pictures import Pictures
 from loralab.tasks.examples import IGNORED, Example
-from loralab.training.fast import forward_path
+from loralab.training.fast import forward_path, lane_loss
 from loralab.training.fast.forward_path import ForwardPath, fastest_path
 from loralab.training.memory import checkpoint_gradients
 
@@ -460,12 +460,12 @@ def test_lanes_leave_what_has_no_gradient_without_one(two_lanes: None) -> None:
 
 def test_gradients_of_lanes_are_added_where_there_are_any() -> None:
     one, two = torch.ones(2), torch.full((2,), 3.0)
-    found = forward_path._added([[None, one, one.clone(), None], [two, None, two, None]])
+    found = lane_loss._added([[None, one, one.clone(), None], [two, None, two, None]])
     assert [None if t is None else t.tolist() for t in found] == [[3.0, 3.0], [1.0, 1.0], [4.0, 4.0], None]
 
 
 def test_a_prompt_is_worked_out_in_one_lane(two_lanes: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward_path, "side_by_side", lambda work, items: [work(item) for item in items])
+    monkeypatch.setattr(lane_loss, "side_by_side", lambda work, items: [work(item) for item in items])
     assert fastest_path(adapted(llama(), Prompt(tokens=2)), "causal-lm", pad_id=0).lanes == 1
 
 
