@@ -1,6 +1,7 @@
 """merge, export, check, verify, audit, inspect."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,12 +95,7 @@ def verify(
         _show_certificate(artefact, run_verify(artefact, base=base, **options), json_)
         return
     report = run_verify(artefact, base=base, adapter=adapter, logits=logits)
-    if json_:
-        print_json(report.to_json())
-    else:
-        _show_merge(report)
-    if not report.passed:
-        raise typer.Exit(1 if report.decided else 3)
+    _conclude(report, _show_merge, json_)
 
 
 @app.command()
@@ -123,12 +119,7 @@ def audit(
 
     names = [name.strip() for name in engines.split(",") if name.strip()]
     report = run_audit(adapter, base=base, engines=names, data=data, precision=precision, output=output)
-    if json_:
-        print_json(report.to_json())
-    else:
-        _show_audit(report)
-    if not report.passed:
-        raise typer.Exit(1 if report.decided else 3)
+    _conclude(report, _show_audit, json_)
 
 
 @app.command()
@@ -164,6 +155,16 @@ def _show_certificate(path: Path, certificate: "Certificate", as_json: bool) -> 
             ("same top answer", f"{certificate.top1_agreement:.1%}  (at least {allowed['top1_agreement']:.0%})"),
         ],
     )
+
+
+def _conclude(report: Any, show: Callable[[Any], None], as_json: bool) -> None:
+    """Show a report, and exit with 1 if it did not pass, 3 if it decided nothing."""
+    if as_json:
+        print_json(report.to_json())
+    else:
+        show(report)
+    if not report.passed:
+        raise typer.Exit(1 if report.decided else 3)
 
 
 def _show_audit(report: "AuditReport") -> None:
