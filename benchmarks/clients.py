@@ -20,11 +20,10 @@ from datetime import date
 from pathlib import Path
 
 import httpx
-import torch
+from served import serving, write_adapters
 from sides import parser, table
 
 import loralab
-from loralab import LoRA, attach
 from loralab.models.load import load
 
 HERE = Path(__file__).parent
@@ -124,16 +123,7 @@ def write_base(place: Path) -> None:
     told.pop("chat_template", None)
     (base / "tokenizer_config.json").write_text(json.dumps(told), encoding="utf-8")
     (base / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    live = load(str(base))
-    for number, name in enumerate(("first", "second")):
-        draw = torch.Generator().manual_seed(number)
-        adapter = attach(live.model, LoRA(rank=4), generator=draw)
-        with torch.no_grad():
-            for key, parameter in adapter.named_parameters().items():
-                if "lora_B" in key:
-                    parameter.copy_(0.01 * torch.randn(parameter.shape, generator=draw))
-        adapter.save(place / "store" / name, {"base": {"name": live.name, "kind": live.kind}})
-        adapter.detach()
+    write_adapters(load(str(base)), [place / "store" / name for name in ("first", "second")], rank=4)
 
 
 def make_structures(url: str, model: str) -> None:
@@ -149,23 +139,15 @@ def make_structures(url: str, model: str) -> None:
 @contextmanager
 def server(place: Path) -> Iterator[dict[str, str]]:
     """Serve the two adapters; yields what commands are filled in with."""
-    command = [sys.executable, "-m", "loralab", "serve", "--model", str(place / "smollm2-tools")]
-    command += ["--store", str(place / "store"), "--port", "0", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        told = json.loads(process.stdout.readline())
-        make_structures(told["url"].rstrip("/"), told["model"])
+    with serving(str(place / "smollm2-tools"), place / "store") as told:
+        make_structures(told["url"], told["model"])
         yield {
-            "url": told["url"].rstrip("/"),
+            "url": told["url"],
             "base": told["model"],
             "adapter": "first",
             "other": "second",
             "tokenizer": str(place / "smollm2-tools"),
         }
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def attempt(tool: Tool, program: str, filled: Mapping[str, str], environments: Path) -> tuple[bool, str]:
