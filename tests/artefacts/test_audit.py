@@ -22,7 +22,8 @@ from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.cli import run
 from loralab.errors import AdapterFileError, ConfigError
 from loralab.models import load as models
-from loralab.serving.audit_answers import answer
+from loralab.serving.audit_answers import PIECE, answer
+from loralab.tasks.samples import MAX_POSITIONS
 
 Ask = Callable[[Question], Answers]
 Judge = Callable[[Ask], EngineVerdict]
@@ -80,6 +81,14 @@ def test_honest_engines_agree(name: str, precision: str, make_adapter: MakeAdapt
     assert [own.verdict for own in report.engines] == [AGREES, AGREES]
     assert report.passed
     assert report.positions == sum(4 + 3 * row for row in range(5))
+
+
+def test_prompts_longer_than_what_is_compared(make_adapter: MakeAdapter, tiny_llama_folder: Path) -> None:
+    live = load_with_base(make_adapter(tiny_llama_folder), precision="fp32")
+    prompts = [[5 + n % 60 for n in range(length)] for length in (3 * PIECE + MAX_POSITIONS, 4)]
+    asked = {"base": str(tiny_llama_folder), "adapter": str(live.stored.path), "prompts": prompts}
+    found = torch.cat(answer(**asked, precision="fp32", positions=MAX_POSITIONS))
+    torch.testing.assert_close(found, logits_of(live.base.model, prompts, "causal-lm"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0, 2**-0.5])

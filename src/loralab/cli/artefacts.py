@@ -1,6 +1,7 @@
 """merge, export, check, verify, audit, inspect."""
 
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,7 +119,15 @@ def audit(
     from loralab.artefacts.audit.audit import audit as run_audit
 
     names = [name.strip() for name in engines.split(",") if name.strip()]
-    report = run_audit(adapter, base=base, engines=names, data=data, precision=precision, output=output)
+    report = run_audit(
+        adapter,
+        base=base,
+        engines=names,
+        data=data,
+        precision=precision,
+        output=output,
+        listener=lambda name: print(f"asking {name}", file=sys.stderr),
+    )
     _conclude(report, _show_audit, json_)
 
 
