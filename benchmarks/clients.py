@@ -1,7 +1,7 @@
 """The ecosystem's tools against `loralab serve`: each does its own work with two adapters, or it is said why not.
 
-The base is SmolLM2-135M with a chat template of Hermes' form, so that tools can be called. Each tool runs
-in its own environment (`make clients`); the table goes to docs/clients.md.
+The base is SmolLM2-135M with a chat template of Hermes' form, so that tools can be called. The tools have
+environments of their own (`make clients`); the table goes to docs/clients.md.
 
     python benchmarks/clients.py [--environments .venv-clients] [--vllm PYTHON] [--only NAME ...] [--write]
 """
@@ -42,8 +42,8 @@ Call a function with <tool_call>
 {% endif %}"""
 HEAD = """# The ecosystem's tools with `loralab serve`
 
-`make clients` installs each tool in an environment of its own, starts a server with two adapters on
-SmolLM2-135M, and lets the tool do its work; `benchmarks/clients.py --write` writes this table. Nothing of
+`make clients` installs the tools in environments of their own, starts a server with two adapters on
+SmolLM2-135M, and lets each tool do its work; `benchmarks/clients.py --write` writes this table. Nothing of
 the tools is changed: they get the server's address and the names of its adapters. vLLM is not installed by it:
 `--vllm PYTHON` names a Python that has it. What each does: [`benchmarks/clients/`](../benchmarks/clients).
 
@@ -55,7 +55,7 @@ class Tool:
     """A tool.
 
     Attributes:
-        environment: the name of its own, whose Python runs it.
+        environment: the name of the one whose Python runs it; "vllm" is not made by `make clients`.
         does: what is tried.
         command: after the Python; {url}, {base}, {adapter}, {other} and {tokenizer} are filled in.
     """
