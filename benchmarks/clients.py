@@ -1,7 +1,7 @@
 """The ecosystem's tools against `loralab serve`: each does its own work with two adapters, or it is said why not.
 
-The base is SmolLM2-135M with a chat template of Hermes' form, so that tools can be called. Each tool runs
-in its own environment (`make clients`); the table goes to docs/clients.md.
+The base is SmolLM2-135M with a chat template of Hermes' form, so that tools can be called. The tools have
+environments of their own (`make clients`); the table goes to docs/clients.md.
 
     python benchmarks/clients.py [--environments .venv-clients] [--vllm PYTHON] [--only NAME ...] [--write]
 """
@@ -20,11 +20,10 @@ from datetime import date
 from pathlib import Path
 
 import httpx
-import torch
+from served import serving, write_adapters
 from sides import parser, table
 
 import loralab
-from loralab import LoRA, attach
 from loralab.models.load import load
 
 HERE = Path(__file__).parent
@@ -43,8 +42,8 @@ Call a function with <tool_call>
 {% endif %}"""
 HEAD = """# The ecosystem's tools with `loralab serve`
 
-`make clients` installs each tool in an environment of its own, starts a server with two adapters on
-SmolLM2-135M, and lets the tool do its work; `benchmarks/clients.py --write` writes this table. Nothing of
+`make clients` installs the tools in environments of their own, starts a server with two adapters on
+SmolLM2-135M, and lets each tool do its work; `benchmarks/clients.py --write` writes this table. Nothing of
 the tools is changed: they get the server's address and the names of its adapters. vLLM is not installed by it:
 `--vllm PYTHON` names a Python that has it. What each does: [`benchmarks/clients/`](../benchmarks/clients).
 
@@ -56,7 +55,7 @@ class Tool:
     """A tool.
 
     Attributes:
-        environment: the name of its own, whose Python runs it.
+        environment: the name of the one whose Python runs it; "vllm" is not made by `make clients`.
         does: what is tried.
         command: after the Python; {url}, {base}, {adapter}, {other} and {tokenizer} are filled in.
     """
@@ -124,16 +123,7 @@ def write_base(place: Path) -> None:
     told.pop("chat_template", None)
     (base / "tokenizer_config.json").write_text(json.dumps(told), encoding="utf-8")
     (base / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    live = load(str(base))
-    for number, name in enumerate(("first", "second")):
-        draw = torch.Generator().manual_seed(number)
-        adapter = attach(live.model, LoRA(rank=4), generator=draw)
-        with torch.no_grad():
-            for key, parameter in adapter.named_parameters().items():
-                if "lora_B" in key:
-                    parameter.copy_(0.01 * torch.randn(parameter.shape, generator=draw))
-        adapter.save(place / "store" / name, {"base": {"name": live.name, "kind": live.kind}})
-        adapter.detach()
+    write_adapters(load(str(base)), [place / "store" / name for name in ("first", "second")], rank=4)
 
 
 def make_structures(url: str, model: str) -> None:
@@ -149,23 +139,15 @@ def make_structures(url: str, model: str) -> None:
 @contextmanager
 def server(place: Path) -> Iterator[dict[str, str]]:
     """Serve the two adapters; yields what commands are filled in with."""
-    command = [sys.executable, "-m", "loralab", "serve", "--model", str(place / "smollm2-tools")]
-    command += ["--store", str(place / "store"), "--port", "0", "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        told = json.loads(process.stdout.readline())
-        make_structures(told["url"].rstrip("/"), told["model"])
+    with serving(str(place / "smollm2-tools"), place / "store") as told:
+        make_structures(told["url"], told["model"])
         yield {
-            "url": told["url"].rstrip("/"),
+            "url": told["url"],
             "base": told["model"],
             "adapter": "first",
             "other": "second",
             "tokenizer": str(place / "smollm2-tools"),
         }
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def attempt(tool: Tool, program: str, filled: Mapping[str, str], environments: Path) -> tuple[bool, str]:

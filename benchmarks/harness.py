@@ -20,11 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from served import serving, write_adapters
 from sides import finish, parser, table
 
 import loralab
-from loralab import LoRA, attach
 from loralab.models.load import load
 
 SIDE = Path(__file__).with_name("harness_side.py")
@@ -91,41 +90,6 @@ def write_tasks(place: Path, rows: int) -> None:
         (place / f"{name}.yaml").write_text(YAML.format(name=name, file=file), encoding="utf-8")
 
 
-def write_adapters(store: Path, count: int) -> dict[str, str]:
-    """Write random adapters that move the base's answers; return name -> folder."""
-    base, found = load(MODEL), {}
-    for number in range(count):
-        draw = torch.Generator().manual_seed(number)
-        adapter = attach(base.model, LoRA(rank=8), generator=draw)
-        with torch.no_grad():
-            for name, parameter in adapter.named_parameters().items():
-                if "lora_B" in name:
-                    parameter.copy_(0.01 * torch.randn(parameter.shape, generator=draw))
-        record = {"base": {"name": base.name, "kind": base.kind}}
-        found[f"a{number}"] = str(adapter.save(store / f"a{number}", record))
-        adapter.detach()
-    return found
-
-
-class Server:
-    """`loralab serve` in fp32 on a free port."""
-
-    def __init__(self, store: Path) -> None:
-        command = [sys.executable, "-m", "loralab", "serve", "--model", MODEL, "--store", str(store)]
-        command += ["--precision", "fp32", "--port", "0", "--resident", "16", "--json"]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the server ended early, with exit code {self._process.wait()}")
-        self.url = str(json.loads(line)["url"]).rstrip("/")
-
-    def close(self) -> None:
-        """End it."""
-        self._process.terminate()
-        self._process.wait()
-
-
 def run(python: str, side: str, asked: Mapping[str, Any], place: Path) -> dict[str, Any]:
     """Let lm-eval score all adapters by one side."""
     request, answer = place / f"{side}.json", place / f"{side}-answer.json"
@@ -173,16 +137,14 @@ def main() -> None:
         place = Path(folder)
         (place / "store").mkdir()
         write_tasks(place, chosen.rows)
-        adapters = write_adapters(place / "store", chosen.adapters)
+        adapters = {f"a{number}": str(place / "store" / f"a{number}") for number in range(chosen.adapters)}
+        write_adapters(load(MODEL), [*map(Path, adapters.values())], rank=8)
         asked = {"model": loralab.resolve(MODEL), "adapters": adapters, "tasks": [*TASKS], "rows": chosen.rows}
         asked["include"] = folder
         started, spent = time.perf_counter(), processor_seconds()
-        server = Server(place / "store")
-        ready = time.perf_counter() - started
-        try:
-            ours = run(chosen.python, "server", {**asked, "url": server.url}, place)
-        finally:
-            server.close()
+        with serving(MODEL, place / "store", "--precision", "fp32", "--resident", "16") as told:
+            ready = time.perf_counter() - started
+            ours = run(chosen.python, "server", {**asked, "url": told["url"]}, place)
         between = processor_seconds()
         theirs = run(chosen.python, "hf", asked, place)
     found = compared(ours, theirs)

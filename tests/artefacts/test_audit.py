@@ -16,14 +16,17 @@ from loralab.artefacts.audit.answers import Answers, answers_of, distance
 from loralab.artefacts.audit.audit import audit
 from loralab.artefacts.audit.engines import ENGINES, Engine, Question
 from loralab.artefacts.audit.gguf_base import write_base
-from loralab.artefacts.audit.report import AGREES, DIFFERS, NO_ANSWER, NOT_INSTALLED
+from loralab.artefacts.audit.report import AGREES, DIFFERS, NO_ANSWER, NOT_INSTALLED, EngineVerdict
 from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.cli import run
 from loralab.errors import AdapterFileError, ConfigError
 from loralab.models import load as models
-from loralab.serving.audit_answers import answer
+from loralab.serving.audit_answers import PIECE, answer
+from loralab.tasks.samples import MAX_POSITIONS
 
+Ask = Callable[[Question], Answers]
+Judge = Callable[[Ask], EngineVerdict]
 METHODS: dict[str, Method] = {
     "plain": LoRA(rank=2),
     "rslora": LoRA(rank=4, alpha=4, scaling="alpha/sqrt(r)"),
@@ -44,12 +47,24 @@ def in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, ask: Callable[[Question], Answers], **more: Any) -> None:
+def plant(monkeypatch: pytest.MonkeyPatch, ask: Ask, **more: Any) -> None:
     own = Engine(ask=ask, python=lambda: "python", install="pip install it", **more)
     monkeypatch.setitem(ENGINES, "planted", own)
 
 
-def scaled(factor: float) -> Callable[[Question], Answers]:
+@pytest.fixture
+def judged(make_adapter: MakeAdapter, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Judge:
+    """Return the verdict on an engine that answers as a function does."""
+
+    def judge(ask: Ask) -> EngineVerdict:
+        plant(monkeypatch, ask)
+        (verdict,) = audit(make_adapter(tiny_llama_folder), engines=["planted"]).engines
+        return verdict
+
+    return judge
+
+
+def scaled(factor: float) -> Ask:
     def ask(question: Question) -> Answers:
         live = load_with_base(question.adapter or "", model=question.base, precision=question.precision)
         for layer in live.adapter.modules.values():
@@ -68,6 +83,14 @@ def test_honest_engines_agree(name: str, precision: str, make_adapter: MakeAdapt
     assert report.positions == sum(4 + 3 * row for row in range(5))
 
 
+def test_prompts_longer_than_what_is_compared(make_adapter: MakeAdapter, tiny_llama_folder: Path) -> None:
+    live = load_with_base(make_adapter(tiny_llama_folder), precision="fp32")
+    prompts = [[5 + n % 60 for n in range(length)] for length in (3 * PIECE + MAX_POSITIONS, 4)]
+    asked = {"base": str(tiny_llama_folder), "adapter": str(live.stored.path), "prompts": prompts}
+    found = torch.cat(answer(**asked, precision="fp32", positions=MAX_POSITIONS))
+    torch.testing.assert_close(found, logits_of(live.base.model, prompts, "causal-lm"), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("factor", [0.5, 2.0, 2**-0.5])
 def test_a_wrong_scale_is_named(
     factor: float, make_adapter: MakeAdapter, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,37 +105,27 @@ def test_a_wrong_scale_is_named(
     assert not report.passed
 
 
-def test_an_adapter_that_is_left_out_is_named(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plant(monkeypatch, lambda question: ENGINES["ours"].ask(replace(question, adapter=None)))
-    (planted,) = audit(make_adapter(tiny_llama_folder), engines=["planted"]).engines
+def test_an_adapter_that_is_left_out_is_named(judged: Judge) -> None:
+    planted = judged(lambda question: ENGINES["ours"].ask(replace(question, adapter=None)))
     assert (planted.verdict, planted.cause) == (DIFFERS, "adapter_left_out")
 
 
-def test_a_base_that_differs_already_is_named(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_differs_already_is_named(judged: Judge) -> None:
     def ask(question: Question) -> Answers:
         own = ENGINES["ours"].ask(question).values
         return Answers(values=(own + torch.randn(own.shape, generator=torch.Generator().manual_seed(0))).log_softmax(1))
 
-    plant(monkeypatch, ask)
-    (planted,) = audit(make_adapter(tiny_llama_folder), engines=["planted"]).engines
+    planted = judged(ask)
     assert (planted.verdict, planted.cause) == (DIFFERS, "base_differs")
 
 
-def test_what_is_wrong_at_one_place_alone_is_found(
-    make_adapter: MakeAdapter, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_wrong_at_one_place_alone_is_found(judged: Judge) -> None:
     def ask(question: Question) -> Answers:
         own = ENGINES["ours"].ask(question).values.clone()
         own[3] = ENGINES["ours"].ask(replace(question, adapter=None)).values[3]
         return Answers(values=own)
 
-    plant(monkeypatch, ask)
-    (planted,) = audit(make_adapter(tiny_llama_folder), engines=["planted"]).engines
-    assert planted.verdict == DIFFERS
+    assert judged(ask).verdict == DIFFERS
 
 
 def test_an_adapter_without_effect_decides_nothing(tiny_llama_folder: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def write(file: Path, stored: AdapterFolder, config: Any) -> None:
     Raises:
         ConfigError: the package gguf is not installed.
     """
-    gguf = _gguf()
+    gguf = gguf_library()
     family = FAMILIES[config.architectures[0]]
     found = updates(stored)
     alpha = found[0].factor * found[0].rank
@@ -72,7 +72,7 @@ def read(file: Path, config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ConfigError: the package gguf is not installed.
     """
     try:
-        reader = _gguf().GGUFReader(file)
+        reader = gguf_library().GGUFReader(file)
         alpha = float(reader.fields["adapter.lora.alpha"].contents())
         family = str(reader.fields["general.architecture"].contents())
     except (OSError, ValueError, KeyError, IndexError) as error:
@@ -118,7 +118,12 @@ def _our_name(name: str) -> str:
     return f"model.layers.{layer}.{LAYERS[theirs]}"
 
 
-def _gguf() -> Any:
+def gguf_library() -> Any:
+    """Return the package gguf.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import gguf
     except ImportError:

@@ -1,6 +1,8 @@
 """merge, export, check, verify, audit, inspect."""
 
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,12 +96,7 @@ def verify(
         _show_certificate(artefact, run_verify(artefact, base=base, **options), json_)
         return
     report = run_verify(artefact, base=base, adapter=adapter, logits=logits)
-    if json_:
-        print_json(report.to_json())
-    else:
-        _show_merge(report)
-    if not report.passed:
-        raise typer.Exit(1 if report.decided else 3)
+    _conclude(report, _show_merge, json_)
 
 
 @app.command()
@@ -122,13 +119,16 @@ def audit(
     from loralab.artefacts.audit.audit import audit as run_audit
 
     names = [name.strip() for name in engines.split(",") if name.strip()]
-    report = run_audit(adapter, base=base, engines=names, data=data, precision=precision, output=output)
-    if json_:
-        print_json(report.to_json())
-    else:
-        _show_audit(report)
-    if not report.passed:
-        raise typer.Exit(1 if report.decided else 3)
+    report = run_audit(
+        adapter,
+        base=base,
+        engines=names,
+        data=data,
+        precision=precision,
+        output=output,
+        listener=lambda name: print(f"asking {name}", file=sys.stderr),
+    )
+    _conclude(report, _show_audit, json_)
 
 
 @app.command()
@@ -164,6 +164,16 @@ def _show_certificate(path: Path, certificate: "Certificate", as_json: bool) -> 
             ("same top answer", f"{certificate.top1_agreement:.1%}  (at least {allowed['top1_agreement']:.0%})"),
         ],
     )
+
+
+def _conclude(report: Any, show: Callable[[Any], None], as_json: bool) -> None:
+    """Show a report, and exit with 1 if it did not pass, 3 if it decided nothing."""
+    if as_json:
+        print_json(report.to_json())
+    else:
+        show(report)
+    if not report.passed:
+        raise typer.Exit(1 if report.decided else 3)
 
 
 def _show_audit(report: "AuditReport") -> None:

@@ -82,12 +82,14 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), show_header=False, title_justify="left")
+    console = Console()
+    width = min(len(title), console.width)  # a title is broken at the width of its table
+    table = Table(title=Text(title), show_header=False, title_justify="left", min_width=width)
     for _ in range(2):
         table.add_column(overflow="fold")  # a name that was cut off could not be looked up
     for name, value in rows:
         table.add_row(Text(name), Text(value))
-    Console().print(table)
+    console.print(table)
 
 
 def print_json(content: Any) -> None:

@@ -63,7 +63,8 @@ def _run(runner: ModelRunner, sequences: Sequence[TokenSequence], prefix: Tensor
         loaded = [runner.load_prefix(chunk, prefix) if prefix is not None else chunk for chunk in chunks]
         due = [chunk for chunk in loaded if chunk is not None]
         for chunk, logits in zip(due, runner.logits(due) if due else (), strict=True):
-            found[chunk.sequence.number].append(logits.float().cpu())
+            if len(logits):  # the first pieces of a long prompt have none that are asked for
+                found[chunk.sequence.number].append(logits.float().cpu())
         for chunk in chunks:
             chunk.sequence.done = chunk.stop
     return [torch.cat(parts) for parts in found]

@@ -70,6 +70,7 @@ def audit(
     for key in chosen:
         tell(key)
         verdicts.append(_judged(key, question, load, reference, allowed))
+    undecidable = tuple(own for own, most in allowed.items() if reference.without.within(most))
     report = AuditReport(
         adapter=str(stored.path),
         base=name,
@@ -81,8 +82,8 @@ def audit(
         without=reference.without,
         honest=reference.honest,
         margin=MARGIN,
-        notes=tuple(_weakness(own) for own, most in allowed.items() if reference.without.within(most)),
-        undecidable=tuple(own for own, most in allowed.items() if reference.without.within(most)),
+        notes=tuple(map(_weakness, undecidable)),
+        undecidable=undecidable,
     )
     if output is not None:
         report.write(Path(output))
@@ -153,7 +154,7 @@ def _judged(
 ) -> EngineVerdict:
     """Ask an engine, judge what it says, and look for the cause where it differs."""
     engine = ENGINES[key]
-    found = _asked(engine, question)
+    found = None if engine.python() is None else answer(engine, question)
     start = EngineVerdict(engine=key, verdict=NO_ANSWER, precision=engine.precision or question.precision)
     verdict = _verdict(start, found, reference, allowed)
     if verdict.verdict == DIFFERS and isinstance(found, Answers):
@@ -161,14 +162,10 @@ def _judged(
     return verdict
 
 
-def _asked(engine: Engine, question: Question) -> Answers | str | None:
-    """Return the answers of an engine, why there are none, or None if it is not installed."""
-    return None if engine.python() is None else answer(engine, question)
-
-
 def _verdict(
     start: EngineVerdict, found: Answers | str | None, reference: Reference, allowed: dict[str, Distance]
 ) -> EngineVerdict:
+    """Judge the answers of an engine, or why there are none; None is one that is not installed."""
     if found is None:
         return replace(start, verdict=NOT_INSTALLED, detail=ENGINES[start.engine].install)
     if isinstance(found, Answers) and len(found.values) != len(reference.values):

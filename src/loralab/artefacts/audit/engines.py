@@ -23,16 +23,16 @@ from loralab.artefacts import gguf_adapter
 from loralab.artefacts.audit.answers import Answers, answers_of, read_answers
 from loralab.artefacts.audit.gguf_base import write_base
 from loralab.artefacts.comparison import logits_of
-from loralab.artefacts.engines import require
+from loralab.artefacts.engines import VLLM_RANKS, allowed_rank, require
 from loralab.errors import LoralabError, RunError
 from loralab.models import load as models
+from loralab.models.kinds import CAUSAL
 from loralab.models.source import resolve
 from loralab.models.tokens import add_tokens
 from loralab.tasks.samples import MAX_POSITIONS
 
 MOST_TOLD = 2048  # tokens of a place, by llama.cpp, which tells them one by one
 MOST_BY_VLLM = 64  # each is an object of Python's on its way between processes
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the sizes of its buffers
 HERE = Path(__file__).parent
 
 
@@ -79,7 +79,7 @@ def _peft(question: Question) -> Answers:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it warns of kernels not needed
     from peft import PeftModel
 
-    base = models.load(question.base, kind=models.natural_kind(question.base), dtype=_dtype(question))
+    base = models.load(question.base, kind=CAUSAL, dtype=models.parse_dtype(question.precision))
     add_tokens(base, question.record.get("tokenizer", {}).get("new_tokens", ()))
     model: Any = base.model
     with warnings.catch_warnings():
@@ -90,21 +90,20 @@ def _peft(question: Question) -> Answers:
 
 
 def _vllm(question: Question) -> Answers:
-    rank = 8
+    rank = VLLM_RANKS[0]
     if question.adapter is not None:
         fields = read_json(question.adapter / CONFIG)
-        ranks = [fields.get("r") or 8, *(fields.get("rank_pattern") or {}).values()]
-        rank = next((size for size in VLLM_RANKS if size >= max(ranks)), 0)
-        if not rank:
-            raise RunError(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this is {max(ranks)}", code="rank_too_large")
+        rank = max(fields.get("r") or rank, *(fields.get("rank_pattern") or {}).values(), rank)
+        if rank > VLLM_RANKS[-1]:
+            raise RunError(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this is {rank}", code="rank_too_large")
     config = models.configuration(question.base)
-    asked = _asked(question, model=resolve(question.base), rank=rank, precision=question.precision)
+    asked = _asked(question, model=resolve(question.base), rank=allowed_rank(rank), precision=question.precision)
     asked["most"] = min(MOST_BY_VLLM, config.get_text_config().vocab_size)
     return read_answers(_in_subprocess([_python_with("vllm")() or "", str(HERE / "ask_vllm.py")], asked, "npz"))
 
 
 def _llama_cpp(question: Question) -> Answers:
-    base = models.load(question.base, kind="causal-lm")
+    base = models.load(question.base, kind=CAUSAL)
     with tempfile.TemporaryDirectory() as place:
         asked = _asked(question, model=str(Path(place) / "base.gguf"))
         asked["most"] = min(MOST_TOLD, base.model.config.vocab_size)
@@ -121,10 +120,6 @@ def _asked(question: Question, **more: Any) -> dict[str, Any]:
     adapter = None if question.adapter is None else str(question.adapter.resolve())
     prompts = [list(ids) for ids in question.prompts]
     return {"adapter": adapter, "prompts": prompts, "positions": MAX_POSITIONS, **more}
-
-
-def _dtype(question: Question) -> torch.dtype:
-    return models.parse_dtype(question.precision)
 
 
 def _in_subprocess(command: Sequence[str], asked: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ vocabulary is one of numbers: an audit asks with token ids, and reads token ids.
 from pathlib import Path
 from typing import Any
 
-from loralab.artefacts.gguf_adapter import FAMILIES
+from loralab.artefacts.gguf_adapter import FAMILIES, gguf_library
 from loralab.errors import ConfigError, join_limited
 from loralab.models.gguf_blocks import LAYERS, row_order
 
@@ -26,14 +26,12 @@ def write_base(file: Path, model: Any) -> None:
     Raises:
         ConfigError: the architecture is not known here, or something of it is not.
     """
-    import gguf
-
     config = model.config
     name = (config.architectures or [type(model).__name__])[0]
     if name not in FAMILIES:
         raise _unknown(f"{name}: only {join_limited(FAMILIES)} are written for llama.cpp here")
     family = FAMILIES[name]
-    writer = gguf.GGUFWriter(file, family)
+    writer = gguf_library().GGUFWriter(file, family)
     _write_sizes(writer, config)
     _write_vocabulary(writer, config.vocab_size)
     tied = bool(config.tie_word_embeddings)
