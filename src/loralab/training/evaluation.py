@@ -1,5 +1,6 @@
 """evaluate() and generate(): a base model, with or without adapters, on data or on prompts."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,8 +44,8 @@ def evaluate(
 ) -> Scores:
     """Score a model, with or without an adapter, on one split of some data.
 
-    An adapter is scored in the terms of its training: its precision, its classes in their order,
-    its question, its chat template, and its splits of the data that it was trained on; of any
+    An adapter is scored in the terms of its training: its precision, its classes in their order, the
+    scale of its scores, its question, its chat template, and its splits of the data that it was trained on; of any
     other data on all rows (`tasks.scored`). So is a model that `merge` wrote.
 
     Args:
@@ -64,7 +65,7 @@ def evaluate(
     task, split = choose(
         data, learnt, mapping=mapping, seed=evaluation.seed, split=evaluation.split, limit=evaluation.limit
     )
-    task = replace(task, chat=evaluation.chat(_chat(record)))
+    task = replace(task, chat=evaluation.chat(_chat(record)), scale=_scale(record))
     seed = learnt.seed if learnt is not None else evaluation.seed or 0
     size = record.get("base", {}).get("image_size")
     kind = evaluation.kind or _learnt_kind(record, task)
@@ -169,6 +170,12 @@ def _chat(record: Mapping[str, Any]) -> ChatOptions:
     known = {"learn": LEARN, "thoughts": THOUGHTS}
     stored = record.get("training", {})
     return ChatOptions(**{name: stored[name] for name, values in known.items() if stored.get(name) in values})
+
+
+def _scale(record: Mapping[str, Any]) -> float | None:
+    """Return what a training divided scores by; None where its record does not say."""
+    found = record.get("task", {}).get("scale") or 0.0
+    return found if 1 <= found < math.inf else None
 
 
 def generate(

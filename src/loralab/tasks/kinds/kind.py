@@ -96,6 +96,10 @@ class Kind(ABC):
         """Refuse at once what `encode` would refuse at the first row; most have nothing to look at."""
         return
 
+    def scale(self, task: Task) -> float | None:
+        """Return what scores are divided by; None where they are learnt as they are."""
+        return None
+
     def collate(self, examples: Sequence[Example], *, pad_id: int, pictures: Any, longest: int) -> dict[str, Tensor]:
         """Return the inputs of a model, and the labels; `batches.collate` says more."""
         return texts_of(examples, pad_id, longest) | {"labels": self.labels_of(examples, longest)}
