@@ -18,7 +18,7 @@ from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.given import Given, given, restored_after
 from loralab.models.identity import as_trained
-from loralab.models.kinds import LEARNERS
+from loralab.models.kinds import KINDS, LEARNERS, recorded_kind
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
@@ -326,6 +326,14 @@ def _adapted(base: Base, stored: AdapterFolder | None) -> Iterator[Base]:
     try:
         adapter = load_adapter(base.model, stored.path)
     except AdapterFileError as error:
+        trained = stored.record.get("base", {}).get("kind")
+        if trained in KINDS and trained != recorded_kind(base.kind):
+            raise AdapterFileError(
+                f"{stored.path} was trained as {trained}, and {base.name} is loaded as {base.kind} here; a {trained} "
+                f"adapter needs rows of {' or '.join(kind_named(trained).formats)}",
+                code="other_kind",
+                field="adapter",
+            ) from None
         raise AdapterFileError(f"{error} (base model: {base.name})", code=error.code, field=error.field) from None
     try:
         yield as_trained(base, stored.record.get("tokenizer", {}), stored.path)
