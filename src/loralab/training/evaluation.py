@@ -26,6 +26,7 @@ from loralab.tasks import score
 from loralab.tasks.catalog import Task
 from loralab.tasks.chat_options import LEARN, THOUGHTS, ChatOptions
 from loralab.tasks.kinds.registry import kind_named
+from loralab.tasks.kinds.writer import Writer
 from loralab.tasks.score import Scores
 from loralab.tasks.scored import Learnt, choose
 from loralab.training.objects import base_for, plain_name
@@ -219,8 +220,8 @@ def generate(
         base = _asked(name, own, stored, precision)
         for who, folder_of in [*answering, *zip(map(str, adapters), stored, strict=True)]:
             with _adapted(base, folder_of) as asked:
-                own_kind = kind_named(asked.kind)
-                ids = [own_kind.prompt_ids(asked.tokenizer, prompt, system) for prompt in prompts]
+                writer = _writer(asked.name, asked.kind)
+                ids = [writer.prompt_ids(asked.tokenizer, prompt, system) for prompt in prompts]
                 texts = score.generate(
                     asked.model, asked.tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
                 )
@@ -235,7 +236,7 @@ def _asked(name: str, own: Given | None, stored: Sequence[AdapterFolder], precis
     if own is not None:
         require_unpacked(own, how, precision, *stored)
         base = own.base()
-        _require_writer(own.name, base.kind)
+        _writer(own.name, base.kind)
         base.model.to(device_here())
         return base
     base = _generator(name, _precision(precision, *stored))
@@ -303,18 +304,25 @@ def new_tokens(*stored: AdapterFolder | None) -> tuple[str, ...]:
 
 def _generator(name: str, precision: str) -> Base:
     kind = models.natural_kind(name)
-    _require_writer(name, kind)
+    _writer(name, kind)
     dtype: torch.dtype = models.parse_dtype(resolve_precision(precision))
     base = models.load(name, kind=kind, dtype=dtype)
     base.model.to(device_here())
     return base
 
 
-def _require_writer(name: str, kind: str) -> None:
-    if not kind_named(kind).writes:
+def _writer(name: str, kind: str) -> Writer:
+    """Return the kind of a model that answers in text.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    found = kind_named(kind)
+    if not isinstance(found, Writer):
         raise ConfigError(
             f"{name} is not a language model; it can be evaluated, not asked", code="not_generative", field="model"
         )
+    return found
 
 
 @contextmanager
