@@ -41,6 +41,21 @@ def test_an_adapter_is_scored_on_what_it_has_learnt(tiny_llama_folder: Path, tmp
     assert len(own.notes) == len(other.notes) + 2
 
 
+def test_a_prediction_shows_the_answer_that_is_scored(tiny_llama_folder: Path) -> None:
+    data = rows(4)
+    for row in data:
+        row["messages"][1]["content"] = "fine"
+        row["messages"][3]["learn"] = False
+    for learn, shown in (
+        (None, ("good film 0 ?", "fine")),
+        ("last", ("bad film ?", CHAT)),
+        ("all", ("bad film ?", CHAT)),
+    ):
+        asked = Evaluation(learn=learn, split="all")
+        first = evaluate(data=data, model=str(tiny_llama_folder), evaluation=asked).predictions[0]
+        assert (first.prompt, first.expected) == shown
+
+
 @pytest.mark.parametrize("values", [{"learn": "first"}, {"thoughts": "no"}, {"chat_template_kwargs": {"tools": 1}}])
 def test_settings_are_checked(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -21,7 +21,7 @@ from loralab.adapters.methods import LoRA
 from loralab.artefacts.comparison import logits_of
 from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.artefacts.merge import merge
-from loralab.errors import ConfigError, InputError, ModelError
+from loralab.errors import AdapterFileError, ConfigError, InputError, ModelError
 from loralab.models.given import Given
 from loralab.models.load import load
 from loralab.tasks.formats import Row
@@ -149,6 +149,43 @@ def test_several_labels_a_number_pairs_and_passages_are_learnt(encoder: Path, ro
         reloaded_equal(run)
         again = evaluate(data=str(tmp_path / f"{kind}.jsonl"), adapter=run.output_dir)
         assert set(again.metrics) == set(scores.metrics) and len(scores.row_losses) == scores.rows
+
+
+DIVIDED: list[tuple[str, Callable[[int], Row]]] = [
+    ("scored-pairs", lambda n: {"text_a": f"{n} good", "text_b": f"{n} film", "score": n % 5}),
+    ("reranker", lambda n: {"query": f"{n} good", "passage": f"{n} film", "label": n % 5}),
+]
+
+
+@pytest.mark.parametrize(("kind", "row"), DIVIDED)
+def test_scores_of_other_data_are_divided_as_in_the_training(
+    kind: str, row: Callable[[int], Row], encoder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    run = run_on(encoder, rows("learnt", [row(n) for n in range(60)]), tmp_path / "run")
+    low = rows("low", [row(n) for n in range(60) if n % 5 < 2])
+    one, high = rows("one", [row(1), row(6)]), rows("high", [row(1), row(6), row(9)])
+    everything = Evaluation(split="all")
+    alone, beside = (evaluate(data=str(data), adapter=run.output_dir, evaluation=everything) for data in (one, high))
+    assert list(alone.row_losses) == pytest.approx(beside.row_losses[:2], rel=1e-5)
+    assert alone.notes != beside.notes  # each names its own largest score
+    file = run.output_dir / "loralab.json"
+    record = json.loads(file.read_text())
+    assert record["task"]["scale"] == 4.0
+    scaled = evaluate(data=str(low), adapter=run.output_dir).metrics["loss"]
+    del record["task"]["scale"]
+    file.write_text(json.dumps(record))
+    assert evaluate(data=str(low), adapter=run.output_dir).metrics["loss"] != pytest.approx(scaled, rel=1e-2)
+
+
+def test_rows_of_another_kind_than_the_adapters_are_refused_by_name(encoder: Path, rows: Rows, tmp_path: Path) -> None:
+    ranked = rows("ranked", [{"query": f"{n} good", "passage": "film", "label": n % 2} for n in range(60)])
+    scored = rows("scored", [{"text_a": f"{n}", "text_b": "film", "score": n / 3} for n in range(30)])
+    classed = rows("classed", [{"text": f"{n} film", "label": ["good", "bad"][n % 2]} for n in range(30)])
+    amounts = run_on(encoder, scored, tmp_path / "amounts", kind="regression")
+    for adapter, data in ((run_on(encoder, ranked, tmp_path / "ranking"), scored), (amounts, classed)):
+        with pytest.raises(AdapterFileError) as error:
+            evaluate(data=str(data), adapter=adapter.output_dir)
+        assert (error.value.code, error.value.field) == ("other_kind", "adapter")
 
 
 def test_a_merged_model_says_what_its_outputs_are(encoder: Path, rows: Rows, tmp_path: Path) -> None:

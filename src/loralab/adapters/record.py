@@ -20,7 +20,7 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         "fingerprint": str,
         "image_size": int,
     },
-    "task": {"name": str, "format": str, "instruction": str, "labels": (str, int), "digest": str},
+    "task": {"name": str, "format": str, "instruction": str, "labels": (str, int), "digest": str, "scale": float},
     "tokenizer": {"new_tokens": (str,), "stop_ids": (int,), "chat_template": str, "eos_token": str, "digest": str},
     "training": {"seed": int, "learn": str, "thoughts": str},
     "metrics": {},

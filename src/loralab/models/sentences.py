@@ -33,7 +33,7 @@ KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 
 @dataclass(frozen=True, kw_only=True)
 class Pooling:
-    """How a text becomes a vector; the default is the mean of its tokens, of length 1.
+    """Steps from the states of a text's tokens to one vector; the default is the mean of its tokens, of length 1.
 
     Attributes:
         modes: of MODES, joined one after the other.

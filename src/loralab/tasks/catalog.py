@@ -38,7 +38,7 @@ class Task:
     test rows whose input is also a train row, which can only happen with splits that the data
     brought along; `notes` name what the data holds and nothing uses, and inputs that are in several
     rows with different labels or on both sides of a split, a line each. `chat` chooses the answers of
-    conversations that are learnt.
+    conversations that are learnt; `scale` is what a training divided scores by, None if it is to be found.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Task:
     digest: str = ""
     notes: tuple[str, ...] = ()
     chat: ChatOptions = DEFAULT
+    scale: float | None = None
 
     def encode(
         self,

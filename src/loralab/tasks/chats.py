@@ -95,10 +95,9 @@ def _learnt(messages: Sequence[Message], options: ChatOptions) -> tuple[int, ...
     return tuple(i for i in answers if messages[i].get(LEARNT, True))
 
 
-def last_answer(messages: Sequence[Message]) -> Message:
-    """Return the last answer that is not marked to be left unlearnt, or the last one."""
-    learnt = (m for m in reversed(messages) if m["role"] == "assistant" and m.get(LEARNT, True))
-    return next(learnt, messages[-1])
+def last_learnt(messages: Sequence[Message], options: ChatOptions) -> int:
+    """Return the place of the last answer that is learnt; of the last message where none is."""
+    return (_learnt(messages, options) or (len(messages) - 1,))[-1]
 
 
 def require_choice(task: Task, loss_on: str) -> None:

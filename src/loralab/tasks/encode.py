@@ -15,8 +15,8 @@ from typing import Any
 from loralab.errors import ConfigError, DataError, format_value, join_limited
 from loralab.tasks.answered import Answered
 from loralab.tasks.catalog import Task
-from loralab.tasks.chat_options import DEFAULT
-from loralab.tasks.chats import Conversation, conversation_of, last_answer, require_choice, unread
+from loralab.tasks.chat_options import DEFAULT, ChatOptions
+from loralab.tasks.chats import Conversation, conversation_of, last_learnt, require_choice, unread
 from loralab.tasks.examples import Encoded, Example, Ids
 from loralab.tasks.formats import FORMATS, Row
 from loralab.tasks.segments import ended, opening, samples, token_ids
@@ -149,10 +149,10 @@ def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
     return opening(tokenizer, [*first, {"role": "user", "content": prompt}])
 
 
-def answer(row: Row) -> str:
-    """Return the reference answer of a row: tags are joined by spaces, labels by commas."""
+def answer(row: Row, chat: ChatOptions = DEFAULT) -> str:
+    """Return the reference answer of a row: of a conversation the last that is learnt; tags and labels joined."""
     if "messages" in row:
-        last = last_answer(row["messages"])
+        last = row["messages"][last_learnt(row["messages"], chat)]
         return str(last["content"]) or json.dumps([call["function"] for call in last.get("tool_calls", ())])
     if "tags" in row:
         return " ".join(row["tags"])
@@ -166,7 +166,7 @@ def answer(row: Row) -> str:
 
 def answers(task: Task, split: str) -> list[str]:
     """Return the reference answers of a split."""
-    return [answer(row) for row in task.splits[split]]
+    return [answer(row, task.chat) for row in task.splits[split]]
 
 
 def answer_ids(task: Task, row: Row, tokenizer: Any, text: str) -> Ids:

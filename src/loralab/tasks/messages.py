@@ -57,7 +57,7 @@ class FieldNames:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How the messages of a part are read.
+    """Choices with which the messages of a part are read.
 
     `mapping` holds "messages." and a field -> "" where the field should have no effect, `filled`
     says that a table has filled objects up with nulls.

@@ -8,6 +8,8 @@ from torch import nn
 
 from loralab.errors import ConfigError
 from loralab.tasks.catalog import LABELLED, Task
+from loralab.tasks.chat_options import ChatOptions
+from loralab.tasks.chats import last_learnt
 from loralab.tasks.encode import answer
 from loralab.tasks.forward import ProcessGroup, answer_loss
 from loralab.tasks.generation import evaluating, generate
@@ -105,7 +107,7 @@ def evaluate(
     with evaluating(model):
         found = own.score(given)
     predictions = tuple(
-        Prediction(row=i, prompt=_for_display(row), expected=answer(row), answer=a)
+        Prediction(row=i, prompt=_for_display(row, task.chat), expected=answer(row, task.chat), answer=a)
         for i, (row, a) in enumerate(zip(rows, found.written, strict=True))
     )
     return Scores(
@@ -129,7 +131,7 @@ def _require_answers(task: Task, kind: Kind, generate: bool) -> None:
         raise ConfigError(f"{task.name} has {what}; there is no answer to generate", code="no_answer", field="data")
 
 
-def _for_display(row: Mapping[str, Any]) -> str:
+def _for_display(row: Mapping[str, Any], chat: ChatOptions) -> str:
     """Return what a reader of the predictions is shown of a row."""
     if "image" in row:
         return str(row["image"].origin)
@@ -138,4 +140,5 @@ def _for_display(row: Mapping[str, Any]) -> str:
     for column in ("text", "prompt", "instruction", "text_a", "query"):
         if column in row:
             return str(row[column])
-    return str(row["messages"][-2]["content"]) if len(row.get("messages", ())) > 1 else ""
+    place = last_learnt(row.get("messages", ()), chat)
+    return str(row["messages"][place - 1]["content"]) if place > 0 else ""

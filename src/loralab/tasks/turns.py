@@ -35,7 +35,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Said:
-    """What a chat template is told beside the messages: tools, and values of its own variables."""
+    """Tools, and values of a chat template's own variables, which it is told beside the messages."""
 
     tools: Sequence[Mapping[str, Any]] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -1,5 +1,6 @@
 """evaluate() and generate(): a base model, with or without adapters, on data or on prompts."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.given import Given, given, restored_after
 from loralab.models.identity import as_trained
-from loralab.models.kinds import LEARNERS
+from loralab.models.kinds import KINDS, LEARNERS, recorded_kind
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
@@ -25,6 +26,7 @@ from loralab.tasks import score
 from loralab.tasks.catalog import Task
 from loralab.tasks.chat_options import LEARN, THOUGHTS, ChatOptions
 from loralab.tasks.kinds.registry import kind_named
+from loralab.tasks.kinds.writer import Writer
 from loralab.tasks.score import Scores
 from loralab.tasks.scored import Learnt, choose
 from loralab.training.objects import base_for, plain_name
@@ -43,8 +45,8 @@ def evaluate(
 ) -> Scores:
     """Score a model, with or without an adapter, on one split of some data.
 
-    An adapter is scored in the terms of its training: its precision, its classes in their order,
-    its question, its chat template, and its splits of the data that it was trained on; of any
+    An adapter is scored in the terms of its training: its precision, its classes in their order, the
+    scale of its scores, its question, its chat template, and its splits of the data that it was trained on; of any
     other data on all rows (`tasks.scored`). So is a model that `merge` wrote.
 
     Args:
@@ -64,7 +66,7 @@ def evaluate(
     task, split = choose(
         data, learnt, mapping=mapping, seed=evaluation.seed, split=evaluation.split, limit=evaluation.limit
     )
-    task = replace(task, chat=evaluation.chat(_chat(record)))
+    task = replace(task, chat=evaluation.chat(_chat(record)), scale=_scale(record))
     seed = learnt.seed if learnt is not None else evaluation.seed or 0
     size = record.get("base", {}).get("image_size")
     kind = evaluation.kind or _learnt_kind(record, task)
@@ -171,6 +173,12 @@ def _chat(record: Mapping[str, Any]) -> ChatOptions:
     return ChatOptions(**{name: stored[name] for name, values in known.items() if stored.get(name) in values})
 
 
+def _scale(record: Mapping[str, Any]) -> float | None:
+    """Return what a training divided scores by; None where its record does not say."""
+    found = record.get("task", {}).get("scale") or 0.0
+    return found if 1 <= found < math.inf else None
+
+
 def generate(
     prompts: str | Sequence[str],
     *,
@@ -212,8 +220,8 @@ def generate(
         base = _asked(name, own, stored, precision)
         for who, folder_of in [*answering, *zip(map(str, adapters), stored, strict=True)]:
             with _adapted(base, folder_of) as asked:
-                own_kind = kind_named(asked.kind)
-                ids = [own_kind.prompt_ids(asked.tokenizer, prompt, system) for prompt in prompts]
+                writer = _writer(asked.name, asked.kind)
+                ids = [writer.prompt_ids(asked.tokenizer, prompt, system) for prompt in prompts]
                 texts = score.generate(
                     asked.model, asked.tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
                 )
@@ -228,7 +236,7 @@ def _asked(name: str, own: Given | None, stored: Sequence[AdapterFolder], precis
     if own is not None:
         require_unpacked(own, how, precision, *stored)
         base = own.base()
-        _require_writer(own.name, base.kind)
+        _writer(own.name, base.kind)
         base.model.to(device_here())
         return base
     base = _generator(name, _precision(precision, *stored))
@@ -296,18 +304,25 @@ def new_tokens(*stored: AdapterFolder | None) -> tuple[str, ...]:
 
 def _generator(name: str, precision: str) -> Base:
     kind = models.natural_kind(name)
-    _require_writer(name, kind)
+    _writer(name, kind)
     dtype: torch.dtype = models.parse_dtype(resolve_precision(precision))
     base = models.load(name, kind=kind, dtype=dtype)
     base.model.to(device_here())
     return base
 
 
-def _require_writer(name: str, kind: str) -> None:
-    if not kind_named(kind).writes:
+def _writer(name: str, kind: str) -> Writer:
+    """Return the kind of a model that answers in text.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    found = kind_named(kind)
+    if not isinstance(found, Writer):
         raise ConfigError(
             f"{name} is not a language model; it can be evaluated, not asked", code="not_generative", field="model"
         )
+    return found
 
 
 @contextmanager
@@ -319,6 +334,14 @@ def _adapted(base: Base, stored: AdapterFolder | None) -> Iterator[Base]:
     try:
         adapter = load_adapter(base.model, stored.path)
     except AdapterFileError as error:
+        trained = stored.record.get("base", {}).get("kind")
+        if trained in KINDS and trained != recorded_kind(base.kind):
+            raise AdapterFileError(
+                f"{stored.path} was trained as {trained}, and {base.name} is loaded as {base.kind} here; a {trained} "
+                f"adapter needs rows of {' or '.join(kind_named(trained).formats)}",
+                code="other_kind",
+                field="adapter",
+            ) from None
         raise AdapterFileError(f"{error} (base model: {base.name})", code=error.code, field=error.field) from None
     try:
         yield as_trained(base, stored.record.get("tokenizer", {}), stored.path)

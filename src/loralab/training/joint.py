@@ -23,6 +23,7 @@ from loralab.adapters.grouped import Bank, Span
 from loralab.tasks.batches import pack, padded
 from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import embed, second_of
+from loralab.tasks.kinds.pairs import Sentences
 from loralab.tasks.kinds.registry import kind_named
 from loralab.training.fast.attention import Packing
 from loralab.training.fast.forward_path import (
@@ -213,8 +214,9 @@ class Joint:
             start += len(part.examples)
         kind = kind_named(self.path.kind)
         rows = [slice(span.start, span.stop) for span in spans if span.key is not None]
-        if kind.embeds:
-            return self._embedded_losses(parts, spans, batch, rows)
+        if isinstance(kind, Sentences):
+            first, second = self._embedded(parts, spans, batch)
+            return [kind.pair_losses(first[own], second[own], batch["labels"][own]).sum() for own in rows]
         with self._routed(spans, parts):
             outputs, labels, of_row = kind.labelled(self.model, batch)
         classes = [p.path.model.config.num_labels for p in parts if p.key is not None]
@@ -224,16 +226,14 @@ class Joint:
             losses.append(kind.summed(*kind.of_job(outputs[here], labels[here], count)))
         return losses
 
-    def _embedded_losses(
-        self, parts: Sequence[JobRows], spans: Sequence[Span], batch: Mapping[str, Tensor], rows: Sequence[slice]
-    ) -> list[Tensor]:
-        """Return the losses of pairs of texts, each read on its own, beside those of their own job."""
+    def _embedded(
+        self, parts: Sequence[JobRows], spans: Sequence[Span], batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the vectors of pairs of texts, each read on its own, (B, H) and (B, H)."""
         with self._routed(spans, parts):
             first = embed(self.model, batch)
         with self._routed(spans, parts, second=True):
-            second = embed(self.model, second_of(batch))
-        kind, labels = kind_named(self.path.kind), batch["labels"]
-        return [kind.pair_losses(first[own], second[own], labels[own]).sum() for own in rows]
+            return first, embed(self.model, second_of(batch))
 
     @contextlib.contextmanager
     def _routed(self, spans: Sequence[Span], parts: Sequence[JobRows] = (), *, second: bool = False) -> Iterator[None]:

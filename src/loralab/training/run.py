@@ -327,6 +327,7 @@ def record_of(request: Request, prepared: PreparedRun, progress: Progress, score
             "labels": list(task.labels),
             "instruction": task.instruction,
             "digest": task.digest,
+            "scale": kind_named(base.kind).scale(task),
             "rows": {split: len(rows) for split, rows in task.splits.items()},
         },
         "tokenizer": {

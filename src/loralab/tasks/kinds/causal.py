@@ -1,6 +1,5 @@
 """Language models: conversations, prompts with their answers, texts, and labels that are answers."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,19 +11,19 @@ from loralab.tasks import encode
 from loralab.tasks.catalog import Task
 from loralab.tasks.examples import IGNORED, Encoded, Example, Ids
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import CHUNK, answers, call, labelled, lone_head, require_known, token_losses
-from loralab.tasks.generation import require_room, write_answers
-from loralab.tasks.kinds.kind import MAX_POSITIONS, SAMPLE_TOKENS, Kind, Scored, Scoring, token_labels
-from loralab.tasks.kinds.rows import Columns, by_example, by_row, in_columns, likeliest, mean
-from loralab.tasks.metrics import label_metrics, text_metrics
+from loralab.tasks.forward import answers, call, labelled, lone_head, require_known
+from loralab.tasks.generation import require_room
+from loralab.tasks.kinds.kind import MAX_POSITIONS, SAMPLE_TOKENS, Scoring, token_labels
+from loralab.tasks.kinds.rows import Columns, by_example, in_columns, likeliest
+from loralab.tasks.kinds.writer import Writer
 
 
-class Causal(Kind):
+class Causal(Writer):
     """A decoder: it goes on with what it has read."""
 
     name = "causal-lm"
     formats = ("messages", "prompt-completion", "instruction", "pair-label", "text-label", "text")
-    writes = asks = packs = must_fit = True
+    packs = must_fit = True
 
     def encode(
         self, task: Task, split: str, rows: Sequence[Row], tokenizer: Any, *, max_length: int, loss_on: str
@@ -44,17 +43,9 @@ class Causal(Kind):
         """Return logits (M, V), labels (M,) and rows (M,); logits only where some row has a label."""
         return labelled(model, batch)
 
-    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of each label, (M,); few logits are widened at once."""
-        return token_losses(outputs.split(CHUNK), labels)
-
     def count(self, example: Example) -> int:
         """Count the learnt tokens; the first token of a text is never predicted."""
         return sum(label != IGNORED for label in example.labels[1:])
-
-    def of_job(self, outputs: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """Return both whole: all jobs have the base's tokens."""
-        return outputs, labels
 
     def room(self, context: int, tokenizer: Any) -> int:
         """Return all places of the model."""
@@ -81,64 +72,53 @@ class Causal(Kind):
         """Return the ids that end an answer."""
         return encode.stop_ids(tokenizer)
 
-    def score(self, given: Scoring) -> Scored:
-        """Score the answers by their loss; labels are ranked, and where asked for answers are written."""
-        task, rows, examples = given.task, given.rows, given.encoded.examples
-        sums, counts, chosen = (_ranked if task.labels else _losses)(given)
-        loss = mean(sums, counts)
-        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
-        written = [task.labels[index] for index in chosen] if task.labels else [""] * len(rows)
-        if task.labels:
-            metrics |= label_metrics([encode.answer(row) for row in rows], written)
-        elif given.generate:
-            asked = [encode.prompt_ids(task, row, given.tokenizer) for row in rows]
-            written = write_answers(given.model, given.tokenizer, asked, given.max_new_tokens, given.batch_size)
-            metrics |= text_metrics([encode.written_answer(task, row, given.tokenizer) for row in rows], written)
-        return Scored(metrics=metrics, written=written, row_losses=by_row(examples, sums, counts, len(rows)))
+    def questions(self, given: Scoring) -> tuple[Sequence[Ids], Sequence[str]]:
+        """Return what the model sees before it answers, and the answers as they are written there."""
+        task, tokenizer, rows = given.task, given.tokenizer, given.rows
+        asked = [encode.prompt_ids(task, row, tokenizer) for row in rows]
+        return asked, [encode.written_answer(task, row, tokenizer) for row in rows]
 
+    def answered(self, given: Scoring, choices: Sequence[int] = ()) -> Columns:
+        """Return each example's summed loss, number of labels, and the choice preferred.
 
-def _losses(given: Scoring, choices: Sequence[int] = ()) -> Columns:
-    """Return each example's summed loss, number of labels, and the choice preferred.
+        Args:
+            choices: tokens that may begin the answer.
+        """
+        model = given.model
+        heads: list[nn.Module | None] = []
 
-    Args:
-        choices: tokens that may begin the answer.
-    """
-    model = given.model
-    heads: list[nn.Module | None] = []
+        def look(count: int, batch: Mapping[str, Tensor]) -> Iterable[tuple[float, int, int]]:
+            if not heads:  # the first batch is the smallest
+                heads.append(lone_head(model, batch))
+            losses, rows, logits = answers(model, batch, heads[0])
+            # rows rise, so the first entry of each one is where its answer begins
+            first = torch.searchsorted(rows, torch.arange(count, device=rows.device))
+            options = logits(first)[:, list(choices)] if choices else losses.new_zeros(0, 1)
+            totals = losses.new_zeros(count).index_add_(0, rows, losses)
+            labels = rows.bincount(minlength=count).tolist()
+            best = options.argmax(dim=-1).tolist() or [0] * count
+            return zip(totals.tolist(), labels, best, strict=True)
 
-    def look(count: int, batch: Mapping[str, Tensor]) -> Iterable[tuple[float, int, int]]:
-        if not heads:  # the first batch is the smallest
-            heads.append(lone_head(model, batch))
-        losses, rows, logits = answers(model, batch, heads[0])
-        # rows rise, so the first entry of each one is where its answer begins
-        first = torch.searchsorted(rows, torch.arange(count, device=rows.device))
-        options = logits(first)[:, list(choices)] if choices else losses.new_zeros(0, 1)
-        totals = losses.new_zeros(count).index_add_(0, rows, losses)
-        labels = rows.bincount(minlength=count).tolist()
-        best = options.argmax(dim=-1).tolist() or [0] * count
-        return zip(totals.tolist(), labels, best, strict=True)
+        return in_columns(by_example(given, self.name, given.encoded.examples, look))
 
-    return in_columns(by_example(given, Causal.name, given.encoded.examples, look))
-
-
-def _ranked(given: Scoring) -> Columns:
-    """Return each row's summed loss, number of tokens, and the index of its likeliest label."""
-    task, tokenizer, rows, model = given.task, given.tokenizer, given.rows, given.model
-    candidates = [[encode.answer_ids(task, row, tokenizer, label) for label in task.labels] for row in rows]
-    require_known(model, tokenizer, candidates[0])
-    if len(set(candidates[0])) < len(task.labels):
-        raise DataError(
-            f"{task.name}: the tokenizer writes some of the labels {join_limited(task.labels)} with the "
-            "same tokens; rename them",
-            code="ambiguous_labels",
-            field="labels",
-        )
-    if all(own == candidates[0] and {len(ids) for ids in own} == {2} for own in candidates):
-        return _losses(given, [ids[0] for ids in candidates[0]])  # one token and the end
-    asked = [encode.prompt_ids(task, row, tokenizer) for row in rows]
-    examples = [
-        [Example(index, (*prompt, *ids), (IGNORED,) * len(prompt) + ids) for ids in own]
-        for index, (prompt, own) in enumerate(zip(asked, candidates, strict=True))
-    ]
-    require_room(task.name, max(len(one.input_ids) for own in examples for one in own), given.room)
-    return likeliest(given, Causal(), examples)
+    def ranked(self, given: Scoring) -> Columns:
+        """Return each row's summed loss, number of tokens, and the index of its likeliest label."""
+        task, tokenizer, rows, model = given.task, given.tokenizer, given.rows, given.model
+        candidates = [[encode.answer_ids(task, row, tokenizer, label) for label in task.labels] for row in rows]
+        require_known(model, tokenizer, candidates[0])
+        if len(set(candidates[0])) < len(task.labels):
+            raise DataError(
+                f"{task.name}: the tokenizer writes some of the labels {join_limited(task.labels)} with the "
+                "same tokens; rename them",
+                code="ambiguous_labels",
+                field="labels",
+            )
+        if all(own == candidates[0] and {len(ids) for ids in own} == {2} for own in candidates):
+            return self.answered(given, [ids[0] for ids in candidates[0]])  # one token and the end
+        asked = [encode.prompt_ids(task, row, tokenizer) for row in rows]
+        examples = [
+            [Example(index, (*prompt, *ids), (IGNORED,) * len(prompt) + ids) for ids in own]
+            for index, (prompt, own) in enumerate(zip(asked, candidates, strict=True))
+        ]
+        require_room(task.name, max(len(one.input_ids) for own in examples for one in own), given.room)
+        return likeliest(given, self, examples)

@@ -62,7 +62,6 @@ class Kind(ABC):
         writes: whether it answers in text.
         asks: whether it reads a question before a text to classify.
         packs: whether its rows may stand one after the other without padding.
-        embeds: whether it reads two texts, each on its own, and compares their vectors.
         rows_meet: whether the rows of a pass are compared with each other.
         cuttable: whether a pass may be cut without changing more than memory.
         must_fit: whether a row that is longer than the context cannot be scored.
@@ -76,7 +75,6 @@ class Kind(ABC):
     writes = False
     asks = False
     packs = False
-    embeds = False
     rows_meet = False
     cuttable = True
     must_fit = False
@@ -95,6 +93,10 @@ class Kind(ABC):
     def check(self, task: Task, tokenizer: Any) -> None:
         """Refuse at once what `encode` would refuse at the first row; most have nothing to look at."""
         return
+
+    def scale(self, task: Task) -> float | None:
+        """Return what scores are divided by; None where they are learnt as they are."""
+        return None
 
     def collate(self, examples: Sequence[Example], *, pad_id: int, pictures: Any, longest: int) -> dict[str, Tensor]:
         """Return the inputs of a model, and the labels; `batches.collate` says more."""
@@ -121,10 +123,6 @@ class Kind(ABC):
         """Return the summed loss of a batch and how many labels it sums over; differentiable."""
         outputs, labels, _ = self.labelled(model, batch)
         return self.summed(outputs, labels), labels.numel()
-
-    def pair_losses(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of each pair of vectors (B, H) of a kind that embeds, (B,)."""
-        raise NotImplementedError(f"{self.name} models do not embed pairs")
 
     def count(self, example: Example) -> int:
         """Count the labels of a row that carry loss."""
@@ -163,10 +161,6 @@ class Kind(ABC):
     def noise_row(self, number: int, ids: Ids, config: Any) -> Example:
         """Return an example with some token ids."""
         return Example(number, ids, (0,))
-
-    def prompt_ids(self, tokenizer: Any, prompt: str, system: str | None) -> Ids:
-        """Return a question that is no row, as a model that writes is asked it."""
-        raise NotImplementedError(f"{self.name} models do not write")
 
     def stop_ids(self, tokenizer: Any) -> Ids:
         """Return the ids that end an answer; none of models that do not write."""

@@ -1,5 +1,6 @@
 """Encoders of sentences: the partner of each text, among all others."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ from loralab.tasks.kinds.kind import Kind, Scored, Scoring
 class Sentences(Kind):
     """Two texts, each read on its own."""
 
-    embeds = True
+    @abstractmethod
+    def pair_losses(self, first: Tensor, second: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of each pair of vectors (B, H), (B,)."""
 
     def encode(
         self, task: Task, split: str, rows: Sequence[Row], tokenizer: Any, *, max_length: int, loss_on: str

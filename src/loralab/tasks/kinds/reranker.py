@@ -23,7 +23,7 @@ class Reranker(Regression):
     """A query with a passage and how well it answers; or with passages that do and that do not.
 
     The loss is the binary cross-entropy of the one logit, as in sentence-transformers'
-    BinaryCrossEntropyLoss. Labels beyond 1 are divided by the largest one of the data.
+    BinaryCrossEntropyLoss. Labels beyond 1 are divided by the largest one of the training's data.
     """
 
     name = "reranker"
@@ -34,18 +34,23 @@ class Reranker(Regression):
         self, task: Task, split: str, rows: Sequence[Row], tokenizer: Any, *, max_length: int, loss_on: str
     ) -> Encoded:
         """Return one example for each passage of a row."""
-        most, examples, shortened = _largest(task), list[Example](), list[int]()
+        largest, examples, shortened = _largest(task), list[Example](), list[int]()
+        scale = task.scale or largest
         for index, row in enumerate(rows):
             cuts = []
             for passage, gain in candidates(row):
                 cut, short = cut_texts(tokenizer, [row["query"], passage], max_length)
                 types = tuple(cut.get("token_type_ids") or ())
-                label = (gain / most,)
+                label = (gain / scale,)
                 examples.append(Example(index, tuple(cut["input_ids"]), label, token_types=types if any(types) else ()))
                 cuts.append(short)
             if any(cuts):
                 shortened.append(index)
-        return Encoded(examples=examples, shortened=tuple(shortened), notes=scale_note(most))
+        return Encoded(examples=examples, shortened=tuple(shortened), notes=scale_note(scale, largest))
+
+    def scale(self, task: Task) -> float:
+        """Return what the labels are divided by."""
+        return task.scale or _largest(task)
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the binary cross-entropy of each passage, (B,)."""
@@ -98,7 +103,7 @@ def _first(row: Mapping[str, Any], logits: Sequence[float]) -> str:
 
 
 def _largest(task: Task) -> float:
-    """Return what labels are divided by: the largest of all splits, at least 1.
+    """Return the largest label of all splits, at least 1.
 
     Raises:
         DataError: one is below 0.

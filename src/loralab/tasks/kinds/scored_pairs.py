@@ -21,7 +21,7 @@ class ScoredPairs(Sentences):
     """Two texts and how alike they are: their cosine shall be the score.
 
     The loss is the squared difference, as in sentence-transformers' CosineSimilarityLoss. Scores
-    beyond 1 are divided by the largest one of the data.
+    beyond 1 are divided by the largest one of the training's data.
     """
 
     name = "scored-pairs"
@@ -32,10 +32,14 @@ class ScoredPairs(Sentences):
         self, task: Task, split: str, rows: Sequence[Row], tokenizer: Any, *, max_length: int, loss_on: str
     ) -> Encoded:
         """Return each text on its own, and the score as a cosine can be."""
-        most = largest_score(task)
-        scaled = [{**row, "score": row["score"] / most} for row in rows]
+        scale = self.scale(task)
+        scaled = [{**row, "score": row["score"] / scale} for row in rows]
         found = super().encode(task, split, scaled, tokenizer, max_length=max_length, loss_on=loss_on)
-        return replace(found, notes=scale_note(most))
+        return replace(found, notes=scale_note(scale, largest_score(task)))
+
+    def scale(self, task: Task) -> float:
+        """Return what the scores are divided by."""
+        return task.scale or largest_score(task)
 
     def labels_in(self, index: int, row: Row) -> Labels:
         """Return the score of a pair."""
@@ -76,10 +80,12 @@ class ScoredPairs(Sentences):
 
 
 def largest_score(task: Task) -> float:
-    """Return what the scores of a task are divided by: the largest of all splits, at least 1."""
+    """Return the largest score of all splits, at least 1."""
     return max([1.0, *(abs(row["score"]) for rows in task.splits.values() for row in rows)])
 
 
-def scale_note(most: float) -> tuple[str, ...]:
-    """Return what is to be said of scores that are divided."""
-    return () if most == 1 else (f"scores are divided by {most:g}, the largest one",)
+def scale_note(scale: float, largest: float) -> tuple[str, ...]:
+    """Return what is to be said of scores that are divided by a scale, the largest of which is `largest`."""
+    if scale == largest:
+        return () if scale == 1 else (f"scores are divided by {scale:g}, the largest one",)
+    return (f"scores are divided by {scale:g}, the largest one of the training; here it is {largest:g}",)

@@ -1,6 +1,5 @@
 """Encoder-decoders: a text is read as a whole, and another one is written."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,16 +13,15 @@ from loralab.tasks.catalog import Task
 from loralab.tasks.encode import answer, cut_texts
 from loralab.tasks.examples import IGNORED, Encoded, Example, Ids
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import CHUNK, call, token_losses
-from loralab.tasks.generation import write_answers
-from loralab.tasks.kinds.kind import MAX_POSITIONS, Kind, Scored, Scoring
-from loralab.tasks.kinds.rows import Columns, by_example, by_row, in_columns, likeliest, mean
-from loralab.tasks.metrics import label_metrics, text_metrics
+from loralab.tasks.forward import call
+from loralab.tasks.kinds.kind import MAX_POSITIONS, Scoring
+from loralab.tasks.kinds.rows import Columns, by_example, in_columns, likeliest
+from loralab.tasks.kinds.writer import Writer
 
 READ = ("prompt", "completion", "instruction", "input", "output", "text", "text_a", "text_b", "label")
 
 
-class Seq2Seq(Kind):
+class Seq2Seq(Writer):
     """A prompt for the encoder, and its completion for the decoder, without a chat template.
 
     The loss is that of transformers: cross-entropy of each token of the completion and its end.
@@ -31,7 +29,6 @@ class Seq2Seq(Kind):
 
     name = "seq2seq"
     formats = ("prompt-completion", "instruction", "text-label", "pair-label")
-    writes = asks = True
 
     def encode(
         self, task: Task, split: str, rows: Sequence[Row], tokenizer: Any, *, max_length: int, loss_on: str
@@ -68,17 +65,9 @@ class Seq2Seq(Kind):
         logits = call(model, batch, **decoded(model, labels))
         return logits[rows, places], labels[rows, places], rows
 
-    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of each token, (M,); few logits are widened at once."""
-        return token_losses(outputs.split(CHUNK), labels)
-
     def count(self, example: Example) -> int:
         """Count the tokens of the completion."""
         return len(example.second)
-
-    def of_job(self, outputs: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """Return both whole: all jobs have the base's tokens."""
-        return outputs, labels
 
     def outputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the logits with which the decoder would write the beginning of the prompt again, (P, V)."""
@@ -98,21 +87,29 @@ class Seq2Seq(Kind):
         """Return the end of text."""
         return (tokenizer.eos_token_id,)
 
-    def score(self, given: Scoring) -> Scored:
-        """Score the completions by their loss; labels are ranked, and where asked for answers are written."""
-        task, rows, examples = given.task, given.rows, given.encoded.examples
-        sums, counts, chosen = _ranked(given, self) if task.labels else _losses(given, self)
-        loss = mean(sums, counts)
-        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
-        written = [task.labels[index] for index in chosen] if task.labels else [""] * len(rows)
-        expected = [answer(row) for row in rows]
-        if task.labels:
-            metrics |= label_metrics(expected, written)
-        elif given.generate:
-            asked = [example.input_ids for example in examples]
-            written = write_answers(given.model, given.tokenizer, asked, given.max_new_tokens, given.batch_size)
-            metrics |= text_metrics(expected, written)
-        return Scored(metrics=metrics, written=written, row_losses=by_row(examples, sums, counts, len(rows)))
+    def questions(self, given: Scoring) -> tuple[Sequence[Ids], Sequence[str]]:
+        """Return the prompts, and the completions."""
+        return [example.input_ids for example in given.encoded.examples], [answer(row) for row in given.rows]
+
+    def answered(self, given: Scoring) -> Columns:
+        """Return each example's summed loss and number of tokens, and no choice."""
+
+        def look(count: int, batch: Mapping[str, Tensor]) -> Iterable[tuple[float, int, int]]:
+            outputs, labels, rows = self.labelled(given.model, batch)
+            losses = self.losses(outputs, labels)
+            sums = torch.zeros(count, device=losses.device).index_add_(0, rows, losses).tolist()
+            return zip(sums, rows.bincount(minlength=count).tolist(), [0] * count, strict=True)
+
+        return in_columns(by_example(given, self.name, given.encoded.examples, look))
+
+    def ranked(self, given: Scoring) -> Columns:
+        """Return each row's summed loss and number of tokens, and the index of its likeliest label."""
+        targets = [_target(given.tokenizer, label, given.room)[0] for label in given.task.labels]
+        tried = [
+            [Example(index, example.input_ids, ids, second=ids) for ids in targets]
+            for index, example in enumerate(given.encoded.examples)
+        ]
+        return likeliest(given, self, tried)
 
 
 def _require_read(task: Task, rows: Sequence[Row]) -> None:
@@ -143,25 +140,3 @@ def _target(tokenizer: Any, text: str, max_length: int) -> tuple[Ids, bool]:
     ids = tuple(tokenizer(text_target=text, verbose=False)["input_ids"])
     ids = ids if ids[-1:] == (tokenizer.eos_token_id,) else (*ids, tokenizer.eos_token_id)
     return ids[:max_length], len(ids) > max_length
-
-
-def _losses(given: Scoring, kind: Kind) -> Columns:
-    """Return each example's summed loss and number of tokens, and no choice."""
-
-    def look(count: int, batch: Mapping[str, Tensor]) -> Iterable[tuple[float, int, int]]:
-        outputs, labels, rows = kind.labelled(given.model, batch)
-        losses = kind.losses(outputs, labels)
-        sums = torch.zeros(count, device=losses.device).index_add_(0, rows, losses).tolist()
-        return zip(sums, rows.bincount(minlength=count).tolist(), [0] * count, strict=True)
-
-    return in_columns(by_example(given, kind.name, given.encoded.examples, look))
-
-
-def _ranked(given: Scoring, kind: Kind) -> Columns:
-    """Return each row's summed loss and number of tokens, and the index of its likeliest label."""
-    targets = [_target(given.tokenizer, label, given.room)[0] for label in given.task.labels]
-    tried = [
-        [Example(index, example.input_ids, ids, second=ids) for ids in targets]
-        for index, example in enumerate(given.encoded.examples)
-    ]
-    return likeliest(given, kind, tried)
