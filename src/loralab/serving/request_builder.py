@@ -10,7 +10,7 @@ from loralab.errors import DataError
 from loralab.models.load import Base
 from loralab.serving.adapters.info import AdapterInfo
 from loralab.serving.adapters.tokenizers import AdapterTokenizers
-from loralab.serving.constraints import Compiled, Constraints, Grammar
+from loralab.serving.constraints import Compiled, Constraints
 from loralab.serving.detokenize import TokenBytes
 from loralab.serving.live_request import Generation, LabelScoring
 from loralab.serving.request import Answer, Sampling
@@ -43,26 +43,10 @@ class RequestBuilder:
         self._numbers = itertools.count()  # of rows and inputs
         self.constraints = Constraints(base)
 
-    def prepare_structures(self, entry: AdapterInfo | None, field: str) -> None:
-        """Make what all structures of an adapter need.
-
-        Raises:
-            ConfigError: as in `Constraints.tokenizer`.
-        """
-        self.constraints.tokenizer(self.tokenizers.of(entry).stops, field)
-
-    def compile(self, grammar: Grammar, entry: AdapterInfo | None) -> Compiled:
-        """Return the structure of answers of an adapter.
-
-        Raises:
-            ConfigError: as in `Constraints.compile`.
-        """
-        return self.constraints.compile(grammar, self.tokenizers.of(entry).stops)
-
     def generation(
         self, prompt: Sequence[int], entry: AdapterInfo | None, sampling: Sampling, structure: Compiled | None = None
     ) -> Generation:
-        """Build the request for a text after a prompt, of the structure that `compile` made.
+        """Build the request for a text after a prompt, of the structure that `constraints` compiled.
 
         Raises:
             DataError: the prompt is empty, has unknown tokens, or leaves no room for an answer.
@@ -92,7 +76,7 @@ class RequestBuilder:
             stops=stops.union(sampling.stop_token_ids),
             tokens=self._tokens,
             answer=answer,
-            constraint=None if structure is None else self.constraints.begin(structure),
+            constraint=None if structure is None else self.constraints.begin(structure, stops),
             sequences=[self._sequence(tokens, entry, sampling)],
         )
         return live

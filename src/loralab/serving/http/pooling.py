@@ -123,7 +123,7 @@ class EmbeddingList(AnswerHead):
 
 
 class PairScore(Schema):
-    """How well the second text of a pair fits the first."""
+    """The fit of a pair's second text to the first."""
 
     object: Literal["score"]
     index: int
