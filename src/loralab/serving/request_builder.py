@@ -53,7 +53,7 @@ class RequestBuilder:
         """
         self._require_fitting(prompt, prefix_tokens_of(entry) + sampling.max_tokens)
         for field in ("logit_bias", "stop_token_ids"):
-            self._require_tokens(getattr(sampling, field), field)
+            require_tokens(self._base.model, getattr(sampling, field), field)
         unended = sampling.ignore_eos and structure is None
         stops = frozenset[int]() if unended else self.tokenizers.of(entry).stops
         tokens = [*range(-prefix_tokens_of(entry), 0), *prompt]
@@ -155,22 +155,13 @@ class RequestBuilder:
     def _require_fitting(self, prompt: Sequence[int], more: int) -> None:
         if not prompt:
             raise DataError("the prompt is empty", code="invalid_value", field="prompt")
-        self._require_tokens(prompt, "prompt")
+        require_tokens(self._base.model, prompt, "prompt")
         if len(prompt) + more > self._context:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens and asks for {more} more, and the model can "
                 f"take {self._context} in all",
                 code="context_length_exceeded",
                 field="prompt",
-            )
-
-    def _require_tokens(self, tokens: Iterable[int], field: str) -> None:
-        known = self._base.model.get_input_embeddings().weight.shape[0]
-        if (strange := next((t for t in tokens if not 0 <= t < known), None)) is not None:
-            raise DataError(
-                f"{field}: {strange} is not a token of the model; they go from 0 to {known - 1}",
-                code="invalid_value",
-                field=field,
             )
 
 
@@ -203,6 +194,21 @@ def require_inputs(inputs: Sequence[Any], wanted: type, base: str) -> None:
         if not isinstance(value, wanted):
             what = "pictures" if wanted is bytes else "texts"
             raise DataError(f"input {number}: {base} takes {what}", code="invalid_value", field="input")
+
+
+def require_tokens(model: Any, tokens: Iterable[int], field: str, where: str = "") -> None:
+    """Refuse numbers that are no tokens of a model; `where` in the field they stand, if not in all of it.
+
+    Raises:
+        DataError: there is one.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    if (strange := next((t for t in tokens if not 0 <= t < known), None)) is not None:
+        raise DataError(
+            f"{where or field}: {strange} is not a token of the model; they go from 0 to {known - 1}",
+            code="invalid_value",
+            field=field,
+        )
 
 
 def unlabelled(entry: AdapterInfo) -> str:
