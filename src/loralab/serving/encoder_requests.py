@@ -191,9 +191,7 @@ class EncoderRequests:
         return "" if entry is not None and entry.embeds else self._no_pooling
 
     def _why_no_classes(self, entry: AdapterInfo | None) -> str:
-        if entry is not None:
-            return unlabelled(entry)
-        return "" if self._labels else f"{self._base.name} alone knows no classes; name an adapter that does"
+        return "" if entry is None and self._labels else unlabelled(entry, self._base.name)
 
     def _instead(self, entry: AdapterInfo | None) -> str:
         known = [f"/v1/{what}" for what in ("classify", "embeddings", "score") if not self.refusal(what, entry)]

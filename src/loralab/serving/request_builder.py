@@ -108,16 +108,8 @@ class RequestBuilder:
         """
         require_inputs(inputs, str, self._base.name)
         if entry is None:
-            raise DataError(self.why_no_classes(None), code="no_labels")
+            raise DataError(unlabelled(None, self._base.name), code="no_labels")
         return self._label_scoring([str(text) for text in inputs], entry, task_of(entry))
-
-    def why_no_classes(self, entry: AdapterInfo | None) -> str:
-        """Return why texts cannot be put into classes; empty if they can."""
-        return (
-            f"{self._base.name} alone knows no classes; name an adapter that does"
-            if entry is None
-            else unlabelled(entry)
-        )
 
     def _label_scoring(self, texts: Sequence[str], entry: AdapterInfo | None, task: Task) -> LabelScoring:
         tokenizer, prefix = self.tokenizers.of(entry).tokenizer, list(range(-prefix_tokens_of(entry), 0))
@@ -211,8 +203,10 @@ def require_tokens(model: Any, tokens: Iterable[int], field: str, where: str = "
         )
 
 
-def unlabelled(entry: AdapterInfo) -> str:
-    """Return why an adapter puts nothing into classes; empty if it does."""
+def unlabelled(entry: AdapterInfo | None, base: str = "") -> str:
+    """Return why an adapter, or a base of this name alone, puts nothing into classes; empty if it does."""
+    if entry is None:
+        return f"{base} alone knows no classes; name an adapter that does"
     if not entry.labels:
         return f"{entry.name} was not trained to tell classes apart; it has no labels"
     return f"{entry.name} compares two texts, which are not put into classes" if entry.form == "pair-label" else ""

@@ -15,7 +15,7 @@ from loralab.serving.constraints import Compiled, Grammar
 from loralab.serving.engine import Engine
 from loralab.serving.live_request import Generation, LabelScoring, message_of
 from loralab.serving.request import FAILED, Answer, Completed, Ranked, Sampling
-from loralab.serving.request_builder import RequestBuilder
+from loralab.serving.request_builder import RequestBuilder, unlabelled
 from loralab.serving.runners.choose import ModelRunner
 from loralab.serving.sampling import choose_tokens, to_readable
 from loralab.serving.scheduler import Chunk, Scheduler, TokenSequence
@@ -59,7 +59,7 @@ class TextEngine(Engine[Generation | LabelScoring]):
         if what in ("completions", "chat"):
             return ""
         if what == "classify":
-            return self._builder.why_no_classes(entry)
+            return unlabelled(entry, self.base.name)
         return f"{self.base.name} is a language model, which writes text: it makes no vectors and scores no pairs"
 
     def submit(
