@@ -59,7 +59,7 @@ ALL = list(DISASTERS)
 
 @dataclass
 class Tally:
-    """What has happened: counts by (disaster, what), and whatever was not as it must be."""
+    """Record of what happened: counts by (disaster, what), and whatever was not as it must be."""
 
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
@@ -125,7 +125,7 @@ class Case:
         assert done.code == 0, done.said
 
     def prepare(self) -> None:
-        """What the command needs."""
+        """Write what the command needs."""
 
     def command(self, place: Path) -> list[object]:
         """The command line that works in a folder."""
@@ -136,11 +136,11 @@ class Case:
         raise NotImplementedError
 
     def broken(self, place: Path) -> list[str]:
-        """What is wrong with the state that a disaster left."""
+        """Return what is wrong with the state that a disaster left."""
         raise NotImplementedError
 
     def different(self, place: Path) -> list[str]:
-        """What is not as in the undisturbed run, at the end."""
+        """Return what differs from the undisturbed run, at the end."""
         raise NotImplementedError
 
     def suffers(self, disasters: Sequence[Disaster], draw: random.Random) -> Tally:
@@ -203,7 +203,7 @@ class Case:
 
 
 def says(disaster: Disaster, ended: Ended, place: Path) -> list[str]:
-    """What is wrong with how a command ended, and with what it said."""
+    """Return what is wrong with the end of a command, and with its messages."""
     lines = [line for line in ended.said.splitlines() if line.strip()]
     unclear = any("internal error" in line for line in lines) and disaster.name != "no memory"
     if "Traceback" in ended.said or unclear:
@@ -222,7 +222,7 @@ def says(disaster: Disaster, ended: Ended, place: Path) -> list[str]:
 
 
 def accepted(path: Path) -> bool:
-    """Whether a reader takes what stands there for a proved artefact."""
+    """Return whether a reader takes what stands there for a proved artefact."""
     try:
         return verify(path).passed
     except LoralabError:
@@ -239,7 +239,7 @@ def unlike(place: Path, whole: Path, names: Sequence[str]) -> list[str]:
 
 
 def half_read(run: Path, whole: Path | None) -> list[str]:
-    """What a reader would take for an adapter though it is not the finished one, `whole`."""
+    """Return what a reader would take for an adapter though it is not the finished one, `whole`."""
     try:
         found = folder.read(run)
     except AdapterFileError:
@@ -252,7 +252,7 @@ def half_read(run: Path, whole: Path | None) -> list[str]:
 
 
 def leftovers(place: Path) -> list[str]:
-    """What only a disaster leaves."""
+    """Return the files that only a disaster leaves."""
     ends = (PARTIAL, ".rejected")
     return [f"{path} is left over" for path in place.rglob("*") if path.name.endswith(ends)]
 
@@ -295,7 +295,7 @@ class Train(Case):
 
 
 def steps(run: Path) -> list[tuple[str, int]]:
-    """What metrics.jsonl tells of, in order."""
+    """Return the events of metrics.jsonl, in order."""
     return [(event["kind"], event["step"]) for event in read_metrics(run)]
 
 
@@ -333,7 +333,7 @@ class Merge(Case):
         return [place / "out"]
 
     def struck(self, *given: Any) -> Ended:
-        """What an earlier start has finished is put away, so that this one has something to do."""
+        """Strike a start whose finished work was put away, so that it has something to do."""
         shutil.rmtree(given[1] / "out", ignore_errors=True)
         return super().struck(*given)
 

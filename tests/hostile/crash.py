@@ -36,7 +36,7 @@ FILLER = "filler.partial"  # what fills a disk; named so that nobody minds it
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code, negative for a signal, and what it said."""
+    """The end of a command: its exit code, negative for a signal, and what it said."""
 
     code: int
     said: str
@@ -79,7 +79,7 @@ class Victim:
         return found
 
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Return whether it runs."""
         if isinstance(self._process, subprocess.Popen):
             return self._process.poll() is None
         return bool(self._process.is_alive())
@@ -157,7 +157,7 @@ def _obey() -> None:
 
 @dataclass(frozen=True)
 class Disaster:
-    """What befalls a command.
+    """A disaster for a running command.
 
     Args:
         strike: (victim, its folder, moment in seconds, random numbers) -> None; comes back once it
@@ -171,7 +171,7 @@ class Disaster:
 
 
 def _wait(victim: Victim, seconds: float) -> bool:
-    """Whether it is still alive after that time."""
+    """Return whether it is still alive after that time."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0 and victim.alive():
         time.sleep(min(left, 0.01))
@@ -195,7 +195,7 @@ def _killed_in_a_write(victim: Victim, place: Path, moment: float, draw: random.
 
 
 def _found(place: Path) -> list[Path]:
-    """What has a temporary name; folders may vanish while they are looked through."""
+    """Return the files with temporary names; folders may vanish while they are looked through."""
     try:
         return list(place.rglob(f"*{PARTIAL}"))
     except OSError:

@@ -1,4 +1,4 @@
-"""What damage and malice do to a file: the same for the same seed.
+"""Damage files, by chance and by malice: the same for the same seed.
 
 Every function takes what is whole and a source of chance, and returns something else.
 """

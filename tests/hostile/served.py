@@ -163,6 +163,6 @@ class Serve(Case):
 
 
 def _fair(refused: str) -> bool:
-    """Whether a request that was refused says why."""
+    """Return whether a refusal says why."""
     reasons = ("cannot write", "no adapter", "stop", "memory", "cannot be read")
     return any(reason in refused for reason in reasons)

@@ -33,7 +33,7 @@ from loralab.values import read_bytes, read_json, read_toml
 
 
 def refused(path: Path, make: Any, read: Any, room: int = 256 << 20) -> str:
-    """What a reader says of a file, in a process that notes its memory."""
+    """Return what a reader says of a file, in a process that notes its memory."""
 
     def reading(place: Path) -> None:
         try:

@@ -21,7 +21,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory, tiny_llama_folder: Path, su
 
 
 def killed_before(case: Case, number: int) -> tuple[bool, Tally]:
-    """Whether the command has so many calls, and what was wrong after a kill before that one."""
+    """Return whether the command has so many calls, and what was wrong after a kill before that one."""
     place, tally = case.ground.root / case.name / f"call-{number}", Tally()
     ended = Victim(case.command(place), fatal=number).end()
     tally.problems += [f"call {number}: {what}" for what in case.wrong(ended, place)]

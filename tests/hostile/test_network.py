@@ -60,7 +60,7 @@ print("\\n" + json.dumps({"codes": codes, "tried": tried, "asked": asked}))
 
 
 def alone(*commands: list[str], **environment: str) -> dict[str, Any]:
-    """What became of some commands without a network."""
+    """Run some commands without a network; return their results."""
     done = subprocess.run(
         [sys.executable, "-c", ALONE, json.dumps(commands)], capture_output=True, text=True, check=False
     )

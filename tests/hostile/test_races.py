@@ -1,4 +1,4 @@
-"""What changes between a look and a use: names that move, folders that become links, keys."""
+"""Changes between a look and a use: names that move, folders that become links, keys."""
 
 import contextlib
 import hashlib
@@ -125,7 +125,7 @@ def outside(adapters: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def to_link(place: Path, target: Path) -> None:
-    """What stood there is a link now."""
+    """Move a folder away and leave a link in its place."""
     place.rename(place.with_name("was-" + place.name))
     place.symlink_to(target)
 

@@ -41,7 +41,7 @@ class Reader:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """How many files were tried, read, refused; what went wrong; memory beyond the start."""
+    """Counts of files that were tried, read, refused; what went wrong; memory beyond the start."""
 
     inputs: int = 0
     loads: int = 0
@@ -102,7 +102,7 @@ def _try_all(reader: Reader, place: Path, count: int, seed: int, told: Path) -> 
 
 
 def _try_one(reader: Reader, work: Path, outcome: Outcome) -> str:
-    """What is wrong with how a reader took one file; empty if nothing is."""
+    """Return what is wrong after a reader took one file; empty if nothing is."""
     try:
         with _limited(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

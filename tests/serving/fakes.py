@@ -50,7 +50,7 @@ class FakeStore:
 
     def __init__(self, *entries: FakeEntry) -> None:
         self._entries = {entry.name: entry for entry in entries}
-        self.evictions = 3
+        self.evictions, self.refused = 3, dict[str, str]()
         self.root = Path("store")
 
     def settled(self, name: str = "") -> bool:

@@ -43,7 +43,7 @@ KNOWN = Constraints(Base(name="tiny", model=_Head(WORDS), tokenizer=TOKENIZER, k
 
 def written(grammar: Grammar, logits: Callable[[torch.Generator], torch.Tensor], seed: int, most: int = 400) -> Any:
     """Return the text that some logits generate, and whether it came to an end."""
-    constraint = KNOWN.begin(KNOWN.compile(grammar, [END]))
+    constraint = KNOWN.begin(KNOWN.compile(grammar), [END])
     own = Sampling(temperature=1, seed=seed, max_tokens=most)
     state = SamplerState(own, LogitsProcessor(own, constraint=constraint))
     draw, tokens = torch.Generator().manual_seed(seed), list[int]()
@@ -197,7 +197,7 @@ WRONG: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("kind", "source"), WRONG)
 def test_what_cannot_be_kept_is_refused_by_its_field(kind: str, source: Any) -> None:
     with pytest.raises(ConfigError) as error:
-        KNOWN.compile(Grammar(kind=kind, source=source, field="the.field"), [END])
+        KNOWN.compile(Grammar(kind=kind, source=source, field="the.field"))
     assert (error.value.field, error.value.code) == ("the.field", f"invalid_{kind}")
     assert len(str(error.value)) < 300
     assert "\n" not in str(error.value)
@@ -207,7 +207,7 @@ def test_what_cannot_be_kept_is_refused_by_its_field(kind: str, source: Any) -> 
     "source", ["[0-9a-f]{8}(-[0-9a-f]{4}){3}", r"([0-9]{1,3}\.){3}[()]{0,2}\(x{2}\)", "(.{500}x){500}"]
 )
 def test_bounded_repetitions_are_taken(source: str) -> None:
-    assert not KNOWN.compile(Grammar(kind=REGEX, source=source, field="f"), [END]).warning
+    assert not KNOWN.compile(Grammar(kind=REGEX, source=source, field="f")).warning
 
 
 def test_references_that_double_are_refused() -> None:
@@ -215,7 +215,7 @@ def test_references_that_double_are_refused() -> None:
     parts: dict[str, Any] = {f"a{n}": {"allOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 2} for n in range(40)}
     schema = {"$ref": "#/$defs/a0", "$defs": {**parts, "a40": {"enum": ["x"]}}}
     with pytest.raises(ConfigError) as error:
-        KNOWN.compile(Grammar(kind=JSON, source=schema, field="f"), [END])
+        KNOWN.compile(Grammar(kind=JSON, source=schema, field="f"))
     assert error.value.code == "invalid_schema"
 
 
@@ -229,19 +229,34 @@ def test_a_recursive_schema_that_can_end_is_taken() -> None:
 
 def test_what_a_loose_schema_does_not_keep_is_told() -> None:
     loose = Grammar(kind=JSON, source={"type": "array", "uniqueItems": True}, field="f", strict=False)
-    assert "uniqueItems" in KNOWN.compile(loose, [END]).warning
-    assert KNOWN.compile(Grammar(kind=JSON, source={"type": "array"}, field="f"), [END]).warning == ""
+    assert "uniqueItems" in KNOWN.compile(loose).warning
+    assert KNOWN.compile(Grammar(kind=JSON, source={"type": "array"}, field="f")).warning == ""
 
 
 def test_min_tokens_and_bias_do_not_break_a_structure() -> None:
     grammar = Grammar(kind=CHOICE, source=["ab"], field="f")
     own = Sampling(temperature=0, min_tokens=9, logit_bias={END: 100.0}, max_tokens=9)
-    constraint = KNOWN.begin(KNOWN.compile(grammar, [END]))
+    constraint = KNOWN.begin(KNOWN.compile(grammar), [END])
     state = SamplerState(own, LogitsProcessor(own, ends=[END, *range(3, 300)], constraint=constraint))
     tokens = []
     while not constraint.stopped:
         tokens += choose_tokens(torch.zeros(1, WORDS), [state])
     assert TOKENIZER.decode(tokens) == "ab"
+
+
+@pytest.mark.parametrize("stops", [[END], [7], [END, 7]])
+def test_an_answer_ends_with_its_own_stops_alone_and_never_before(stops: list[int]) -> None:
+    """Adapters may end their answers in another way than the base, on the same tables."""
+    structure = KNOWN.compile(Grammar(kind=REGEX, source="[a-c]{3}d?", field="f"))
+    constraint = KNOWN.begin(structure, stops)
+    state = SamplerState(Sampling(temperature=0), LogitsProcessor(Sampling(temperature=0), constraint=constraint))
+    row = torch.zeros(1, WORDS)
+    row[0, [END, 7]] = torch.tensor([9.0, 10.0])
+    tokens = [choose_tokens(row, [state])[0] for _ in range(3)]
+    assert not {END, 7} & {*tokens}
+    assert not constraint.stopped
+    assert choose_tokens(row, [state]) == stops[-1:]
+    assert constraint.stopped
 
 
 def test_in_a_mixed_batch_neighbours_write_what_they_write_alone(opened: Open, byte_world: World) -> None:
@@ -254,8 +269,7 @@ def test_in_a_mixed_batch_neighbours_write_what_they_write_alone(opened: Open, b
     answers = []
     for name in names:
         answers.append(engine.submit(prompt, adapter=name, sampling=plain))
-        entry = None if name is None else engine.store.entry(name)
-        structure = engine.compile(grammar, entry)
+        structure = engine.compile(grammar)
         structured.append(engine.submit(prompt, adapter=name, sampling=plain, structure=structure))
     engine.run_until_idle()
     assert [answer.result().tokens for answer in answers] == [own.tokens for own in alone]
@@ -268,5 +282,5 @@ def test_in_a_mixed_batch_neighbours_write_what_they_write_alone(opened: Open, b
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ConfigError) as error:
-        Constraints(world.base).compile(Grammar(kind=JSON, source={}, field="f"), [END])
+        Constraints(world.base).compile(Grammar(kind=JSON, source={}, field="f"))
     assert (error.value.code, error.value.field) == ("missing_extra", "f")

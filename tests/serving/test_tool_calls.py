@@ -14,7 +14,7 @@ from serving.conftest import HERMES as HERMES_TEMPLATE
 from serving.conftest import World
 from serving.served import listening
 from serving.talk import post
-from serving.test_constraints import END, KNOWN, noise, odd, written
+from serving.test_constraints import KNOWN, noise, odd, written
 from serving.vocabularies import byte_level
 
 from loralab.errors import ConfigError
@@ -173,7 +173,7 @@ def test_a_form_that_is_not_known_cannot_be_forced() -> None:
 def test_a_schema_of_a_tool_that_does_not_compile_is_refused() -> None:
     tools = {"f": {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}}
     with pytest.raises(ConfigError) as error:
-        KNOWN.compile(ToolParser(tokenizer_of("hermes"), tools).grammar(["f"], several=False), [END])
+        KNOWN.compile(ToolParser(tokenizer_of("hermes"), tools).grammar(["f"], several=False))
     assert error.value.field == "tools"
 
 

@@ -65,13 +65,19 @@ class Grammar:
 class Constraint:
     """The grammar state of one answer: the tokens that may come next.
 
+    Args:
+        end: llguidance's token for the end of an answer; `stops` are those that end this one.
+
     Attributes:
         stopped: only the end may follow.
         error: why the grammar cannot be followed any more; empty as a rule.
     """
 
-    def __init__(self, matcher: Any, pool: ThreadPoolExecutor, vocab_size: int) -> None:
+    def __init__(
+        self, matcher: Any, pool: ThreadPoolExecutor, vocab_size: int, *, end: int, stops: Iterable[int]
+    ) -> None:
         self._matcher, self._pool, self._vocab_size = matcher, pool, vocab_size
+        self._end, self._stops = end, sorted(stops)
         self.stopped, self.error = False, ""
         self._blocked = pool.submit(self._next)
 
@@ -94,14 +100,16 @@ class Constraint:
     def _next(self) -> Tensor:
         """Return the tokens that may not come next, (V,)."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little")
-        return torch.from_numpy(allowed == 0)
+        allowed = np.unpackbits(bits, bitorder="little")
+        may_end, allowed[self._end] = allowed[self._end], 0
+        allowed[self._stops] = may_end
+        return torch.from_numpy(allowed[: self._vocab_size] == 0)
 
     def note(self, token: int) -> None:
         """Take the token that came; what may follow is computed meanwhile."""
         if self.error:
             return
-        if not self._matcher.consume_token(token):
+        if not self._matcher.consume_token(self._end if token in self._stops else token):
             self.error = _first_line(self._matcher.get_error())
         self.stopped = self._matcher.is_stopped()
         if not self.stopped:
@@ -122,8 +130,8 @@ class Constraints:
     def __init__(self, base: Base) -> None:
         self._base = base
         self._lock = threading.Lock()
-        self._tokenizers: dict[tuple[int, ...], Any] = {}  # by the tokens that end an answer
-        self._compiled: OrderedDict[tuple[Any, ...], Compiled] = OrderedDict()
+        self._tables: Any = None
+        self._compiled: OrderedDict[str, Compiled] = OrderedDict()
         self._pool = ThreadPoolExecutor(2, "mask")
 
     @property
@@ -131,31 +139,31 @@ class Constraints:
         """Return how many tokens have logits."""
         return int(self._base.model.get_output_embeddings().weight.shape[0])
 
-    def tokenizer(self, stops: Iterable[int], field: str) -> Any:
+    def tables(self, field: str) -> Any:
         """Return llguidance's tables of the tokenizer; the first time takes seconds and holds Python's lock.
 
         Raises:
             ConfigError: llguidance is missing, or does not know the tokenizer.
         """
         _library(field)
-        ends = tuple(sorted(stops))
-        if ends not in self._tokenizers:
-            from llguidance.hf import from_tokenizer
+        with self._lock:
+            if self._tables is None:
+                from llguidance.hf import from_tokenizer
 
-            own = self._base.tokenizer
-            try:
-                size = max(len(own), self._vocab_size)
-                self._tokenizers[ends] = from_tokenizer(own, n_vocab=size, eos_token=list(ends) or None)
-            except Exception as error:  # a kind that it does not know
-                raise ConfigError(
-                    f"{field}: the tokenizer of {self._base.name} cannot be constrained: {str(error)[:MAX_PROBLEM]}",
-                    code="unsupported_tokenizer",
-                    field=field,
-                ) from None
-        return self._tokenizers[ends]
+                own = self._base.tokenizer
+                try:
+                    self._tables = from_tokenizer(own, n_vocab=max(len(own), self._vocab_size))
+                except Exception as error:  # a kind that it does not know
+                    problem = str(error)[:MAX_PROBLEM]
+                    raise ConfigError(
+                        f"{field}: the tokenizer of {self._base.name} cannot be constrained: {problem}",
+                        code="unsupported_tokenizer",
+                        field=field,
+                    ) from None
+            return self._tables
 
-    def compile(self, grammar: Grammar, stops: Iterable[int]) -> Compiled:
-        """Return a grammar for answers that end with one of `stops`.
+    def compile(self, grammar: Grammar) -> Compiled:
+        """Return a grammar for any number of answers.
 
         Raises:
             ConfigError: it is too large or does not compile, llguidance is missing, or does not know the
@@ -163,23 +171,22 @@ class Constraints:
         """
         lib = _library(grammar.field)
         text = _text_of(lib, grammar)
-        ends = tuple(sorted(stops))
-        key = (text, ends)
         with self._lock:
-            if key in self._compiled:
-                self._compiled.move_to_end(key)
-                return self._compiled[key]
-        matcher = _matcher(lib, self.tokenizer(ends, grammar.field), grammar, text)
+            if text in self._compiled:
+                self._compiled.move_to_end(text)
+                return self._compiled[text]
+        matcher = _matcher(lib, self.tables(grammar.field), grammar, text)
         compiled = Compiled(matcher=matcher, warning=" ".join(matcher.get_grammar_warnings())[:MAX_PROBLEM])
         with self._lock:
-            self._compiled[key] = compiled
+            self._compiled[text] = compiled
             if len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         return compiled
 
-    def begin(self, compiled: Compiled) -> Constraint:
-        """Return the structure of an answer that begins now."""
-        return Constraint(compiled.matcher.deep_copy(), self._pool, self._vocab_size)
+    def begin(self, compiled: Compiled, stops: Iterable[int]) -> Constraint:
+        """Return the structure of an answer that begins now, and ends with one of `stops`."""
+        matcher, end = compiled.matcher.deep_copy(), self._tables.eos_token
+        return Constraint(matcher, self._pool, self._vocab_size, end=end, stops=stops)
 
 
 def _matcher(lib: Any, tokenizer: Any, grammar: Grammar, text: str) -> Any:

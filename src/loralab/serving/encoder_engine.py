@@ -111,6 +111,7 @@ class EncoderEngine(Engine[EncoderRequest]):
         try:
             outputs = self._runner.outputs([(live.digest, live.examples[n], live.reading) for live, n in chosen])
             for (live, number), output in zip(chosen, outputs, strict=True):
+                self._live.pop(number, None)
                 if live.finished is None and live.accept(number, output):
                     self._finish(live, "")
         except Exception as error:

@@ -6,19 +6,28 @@ from concurrent.futures import Future
 from typing import Any
 
 from loralab.errors import DataError
-from loralab.models.kinds import CLASSIFIER, SENTENCES, VISION, class_for, has_head
+from loralab.models.kinds import (
+    CLASSIFIER,
+    MULTI_LABEL,
+    PROBLEMS,
+    REGRESSION,
+    RERANKER,
+    SENTENCES,
+    VISION,
+    class_for,
+    has_head,
+)
 from loralab.models.load import Base
 from loralab.models.sentences import Pooling, matryoshka
 from loralab.serving.adapters.info import AdapterInfo
 from loralab.serving.encoder_request import Classes, Cosines, EncoderRequest, Reading, Relevance, Vectors
-from loralab.serving.request_builder import origin, require_inputs, unlabelled
+from loralab.serving.request_builder import origin, require_inputs, require_tokens, unlabelled
 from loralab.serving.runners.encoder import body_of
 from loralab.tasks.examples import Example, Ids
 from loralab.tasks.forward import require_known
 from loralab.tasks.pictures import from_bytes
 
 TRAINED = Pooling()  # of adapters that were trained on pairs here, whatever the base's own is
-MULTI_LABEL, REGRESSION, RERANKER = "multi-label", "regression", "reranker"  # kinds of adapters
 MAX_LISTED_DIMENSIONS = 10
 IDENTITY = "Identity"  # of torch: the activation of cross-encoders whose scores are logits
 
@@ -61,7 +70,7 @@ class EncoderRequests:
         require_inputs(inputs, bytes if self._base.kind == VISION else str, self._base.name)
         if reason := self._why_no_classes(entry):
             raise DataError(reason, code="no_labels")
-        several = getattr(self._base.model.config, "problem_type", None) == "multi_label_classification"
+        several = getattr(self._base.model.config, "problem_type", None) == PROBLEMS[MULTI_LABEL]
         reading = Classes(
             labels=self._labels if entry is None else entry.labels,
             independent=several if entry is None else entry.kind == MULTI_LABEL,
@@ -99,7 +108,9 @@ class EncoderRequests:
                 code="invalid_value",
                 field="dimensions",
             )
-        self._require_tokens(inputs)
+        for number, ids in enumerate(inputs):
+            if not isinstance(ids, str):
+                require_tokens(self._base.model, ids, "input", f"input {number}")
         pooling = self._pooling_of(entry)
         examples = self._pooled(inputs, pooling, truncate)
         return self._request(examples, Vectors(pooling=pooling, dimensions=dimensions or self._dimensions[-1]), entry)
@@ -131,16 +142,6 @@ class EncoderRequests:
         require_known(self._base.model, self._base.tokenizer, [example.input_ids for example in examples])
         numbered = {next(self._numbers): example for example in examples}
         return EncoderRequest(**origin(entry), examples=numbered, reading=reading, future=Future())
-
-    def _require_tokens(self, inputs: Sequence[str | Ids]) -> None:
-        rows = self._base.model.get_input_embeddings().weight.shape[0]
-        for number, ids in enumerate(inputs):
-            if not isinstance(ids, str) and (strange := [own for own in ids if not 0 <= own < rows]):
-                raise DataError(
-                    f"input {number}: {strange[0]} is not a token of the model; they go from 0 to {rows - 1}",
-                    code="invalid_value",
-                    field="input",
-                )
 
     def _pooled(self, inputs: Sequence[str | Ids], pooling: Pooling, truncate: int) -> list[Example]:
         """Return texts as a model with this pooling reads them; token ids are taken as they are."""
@@ -190,9 +191,7 @@ class EncoderRequests:
         return "" if entry is not None and entry.embeds else self._no_pooling
 
     def _why_no_classes(self, entry: AdapterInfo | None) -> str:
-        if entry is not None:
-            return unlabelled(entry)
-        return "" if self._labels else f"{self._base.name} alone knows no classes; name an adapter that does"
+        return "" if entry is None and self._labels else unlabelled(entry, self._base.name)
 
     def _instead(self, entry: AdapterInfo | None) -> str:
         known = [f"/v1/{what}" for what in ("classify", "embeddings", "score") if not self.refusal(what, entry)]

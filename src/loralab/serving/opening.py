@@ -9,12 +9,12 @@ import torch
 from loralab.errors import ConfigError, ModelError
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
-from loralab.models.kinds import CAUSAL, CLASSIFIER, SENTENCES, VISION
+from loralab.models.kinds import CAUSAL, CLASSIFIER, PROBLEMS, SENTENCES, SERVED, VISION
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.sentences import Pooling, read_pooling
 from loralab.models.source import resolve
-from loralab.serving.adapters.encoder_loader import HEADED, EncoderLoader
+from loralab.serving.adapters.encoder_loader import EncoderLoader
 from loralab.serving.adapters.loader import AdapterLoader
 from loralab.serving.adapters.names import base_id
 from loralab.serving.adapters.store import Store
@@ -29,7 +29,6 @@ from loralab.serving.settings import ServeSettings
 from loralab.serving.text_engine import TextEngine
 from loralab.tasks.score import context_length
 
-SERVED = (CAUSAL, CLASSIFIER, VISION, SENTENCES)
 AnyEngine = TextEngine | EncoderEngine
 
 
@@ -115,7 +114,7 @@ def _base(name: str, settings: ServeSettings) -> Base:
     kind = models.natural_kind(name)
     if kind == CAUSAL and read_pooling(name, resolve(name)) is not None:
         kind = SENTENCES  # a decoder that was made to embed texts
-    if kind not in (*SERVED, *HEADED):
+    if kind not in (*SERVED, *PROBLEMS):
         raise ConfigError(
             f"{name} is a model of kind {kind}; served are {', '.join(SERVED)}", code="unserved_kind", field="model"
         )
@@ -125,4 +124,4 @@ def _base(name: str, settings: ServeSettings) -> Base:
     if settings.quantize != "none":
         pack(base.model, settings.quantize, name)
     base.model.eval().requires_grad_(False)
-    return replace(base, kind=CLASSIFIER) if kind in HEADED else base  # its own loss is no matter here
+    return replace(base, kind=CLASSIFIER) if kind in PROBLEMS else base  # its own loss is no matter here

@@ -162,7 +162,7 @@ class Embeddings:
 
 @dataclass(frozen=True, kw_only=True)
 class PairScores:
-    """How well the second text of each pair fits the first, and the tokens that were read for it."""
+    """The fit of each pair's second text to the first, and the tokens that were read for it."""
 
     scores: list[float]
     tokens: int

@@ -10,7 +10,7 @@ from loralab.errors import DataError
 from loralab.models.load import Base
 from loralab.serving.adapters.info import AdapterInfo
 from loralab.serving.adapters.tokenizers import AdapterTokenizers
-from loralab.serving.constraints import Compiled, Constraints, Grammar
+from loralab.serving.constraints import Compiled, Constraints
 from loralab.serving.detokenize import TokenBytes
 from loralab.serving.live_request import Generation, LabelScoring
 from loralab.serving.request import Answer, Sampling
@@ -43,33 +43,17 @@ class RequestBuilder:
         self._numbers = itertools.count()  # of rows and inputs
         self.constraints = Constraints(base)
 
-    def prepare_structures(self, entry: AdapterInfo | None, field: str) -> None:
-        """Make what all structures of an adapter need.
-
-        Raises:
-            ConfigError: as in `Constraints.tokenizer`.
-        """
-        self.constraints.tokenizer(self.tokenizers.of(entry).stops, field)
-
-    def compile(self, grammar: Grammar, entry: AdapterInfo | None) -> Compiled:
-        """Return the structure of answers of an adapter.
-
-        Raises:
-            ConfigError: as in `Constraints.compile`.
-        """
-        return self.constraints.compile(grammar, self.tokenizers.of(entry).stops)
-
     def generation(
         self, prompt: Sequence[int], entry: AdapterInfo | None, sampling: Sampling, structure: Compiled | None = None
     ) -> Generation:
-        """Build the request for a text after a prompt, of the structure that `compile` made.
+        """Build the request for a text after a prompt, of the structure that `constraints` compiled.
 
         Raises:
             DataError: the prompt is empty, has unknown tokens, or leaves no room for an answer.
         """
         self._require_fitting(prompt, prefix_tokens_of(entry) + sampling.max_tokens)
         for field in ("logit_bias", "stop_token_ids"):
-            self._require_tokens(getattr(sampling, field), field)
+            require_tokens(self._base.model, getattr(sampling, field), field)
         unended = sampling.ignore_eos and structure is None
         stops = frozenset[int]() if unended else self.tokenizers.of(entry).stops
         tokens = [*range(-prefix_tokens_of(entry), 0), *prompt]
@@ -92,7 +76,7 @@ class RequestBuilder:
             stops=stops.union(sampling.stop_token_ids),
             tokens=self._tokens,
             answer=answer,
-            constraint=None if structure is None else self.constraints.begin(structure),
+            constraint=None if structure is None else self.constraints.begin(structure, stops),
             sequences=[self._sequence(tokens, entry, sampling)],
         )
         return live
@@ -124,16 +108,8 @@ class RequestBuilder:
         """
         require_inputs(inputs, str, self._base.name)
         if entry is None:
-            raise DataError(self.why_no_classes(None), code="no_labels")
+            raise DataError(unlabelled(None, self._base.name), code="no_labels")
         return self._label_scoring([str(text) for text in inputs], entry, task_of(entry))
-
-    def why_no_classes(self, entry: AdapterInfo | None) -> str:
-        """Return why texts cannot be put into classes; empty if they can."""
-        return (
-            f"{self._base.name} alone knows no classes; name an adapter that does"
-            if entry is None
-            else unlabelled(entry)
-        )
 
     def _label_scoring(self, texts: Sequence[str], entry: AdapterInfo | None, task: Task) -> LabelScoring:
         tokenizer, prefix = self.tokenizers.of(entry).tokenizer, list(range(-prefix_tokens_of(entry), 0))
@@ -171,22 +147,13 @@ class RequestBuilder:
     def _require_fitting(self, prompt: Sequence[int], more: int) -> None:
         if not prompt:
             raise DataError("the prompt is empty", code="invalid_value", field="prompt")
-        self._require_tokens(prompt, "prompt")
+        require_tokens(self._base.model, prompt, "prompt")
         if len(prompt) + more > self._context:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens and asks for {more} more, and the model can "
                 f"take {self._context} in all",
                 code="context_length_exceeded",
                 field="prompt",
-            )
-
-    def _require_tokens(self, tokens: Iterable[int], field: str) -> None:
-        known = self._base.model.get_input_embeddings().weight.shape[0]
-        if (strange := next((t for t in tokens if not 0 <= t < known), None)) is not None:
-            raise DataError(
-                f"{field}: {strange} is not a token of the model; they go from 0 to {known - 1}",
-                code="invalid_value",
-                field=field,
             )
 
 
@@ -221,8 +188,25 @@ def require_inputs(inputs: Sequence[Any], wanted: type, base: str) -> None:
             raise DataError(f"input {number}: {base} takes {what}", code="invalid_value", field="input")
 
 
-def unlabelled(entry: AdapterInfo) -> str:
-    """Return why an adapter puts nothing into classes; empty if it does."""
+def require_tokens(model: Any, tokens: Iterable[int], field: str, where: str = "") -> None:
+    """Refuse numbers that are no tokens of a model; `where` in the field they stand, if not in all of it.
+
+    Raises:
+        DataError: there is one.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    if (strange := next((t for t in tokens if not 0 <= t < known), None)) is not None:
+        raise DataError(
+            f"{where or field}: {strange} is not a token of the model; they go from 0 to {known - 1}",
+            code="invalid_value",
+            field=field,
+        )
+
+
+def unlabelled(entry: AdapterInfo | None, base: str = "") -> str:
+    """Return why an adapter, or a base of this name alone, puts nothing into classes; empty if it does."""
+    if entry is None:
+        return f"{base} alone knows no classes; name an adapter that does"
     if not entry.labels:
         return f"{entry.name} was not trained to tell classes apart; it has no labels"
     return f"{entry.name} compares two texts, which are not put into classes" if entry.form == "pair-label" else ""

@@ -15,7 +15,7 @@ from loralab.serving.constraints import Compiled, Grammar
 from loralab.serving.engine import Engine
 from loralab.serving.live_request import Generation, LabelScoring, message_of
 from loralab.serving.request import FAILED, Answer, Completed, Ranked, Sampling
-from loralab.serving.request_builder import RequestBuilder
+from loralab.serving.request_builder import RequestBuilder, unlabelled
 from loralab.serving.runners.choose import ModelRunner
 from loralab.serving.sampling import choose_tokens, to_readable
 from loralab.serving.scheduler import Chunk, Scheduler, TokenSequence
@@ -46,7 +46,7 @@ class TextEngine(Engine[Generation | LabelScoring]):
     def start(self) -> None:
         """Begin to work; what structures need is made before, as it would hold up every answer."""
         with contextlib.suppress(ConfigError):  # a request for structure is told why there is none
-            self.prepare_structures(None, "structured_outputs")
+            self._builder.constraints.tables("structured_outputs")
         super().start()
 
     @property
@@ -59,7 +59,7 @@ class TextEngine(Engine[Generation | LabelScoring]):
         if what in ("completions", "chat"):
             return ""
         if what == "classify":
-            return self._builder.why_no_classes(entry)
+            return unlabelled(entry, self.base.name)
         return f"{self.base.name} is a language model, which writes text: it makes no vectors and scores no pairs"
 
     def submit(
@@ -97,21 +97,13 @@ class TextEngine(Engine[Generation | LabelScoring]):
         self._enter(live)
         return live.future
 
-    def prepare_structures(self, entry: AdapterInfo | None, field: str) -> None:
-        """Make what all structures of an adapter need; takes seconds, once for each way that answers end.
-
-        Raises:
-            ConfigError: llguidance is missing, or does not know the tokenizer.
-        """
-        self._builder.prepare_structures(entry, field)
-
-    def compile(self, grammar: Grammar, entry: AdapterInfo | None) -> Compiled:
-        """Return a structure for answers of an adapter; takes up to a tenth of a second.
+    def compile(self, grammar: Grammar) -> Compiled:
+        """Return a structure for answers of any adapter; takes up to a tenth of a second.
 
         Raises:
             ConfigError: it is too large or does not compile, or llguidance is missing.
         """
-        return self._builder.compile(grammar, entry)
+        return self._builder.constraints.compile(grammar)
 
     def tokenizer(self, entry: AdapterInfo | None) -> Any:
         """Return the tokenizer with the chat template that an adapter was trained with.

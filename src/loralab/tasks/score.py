@@ -18,7 +18,6 @@ from loralab.tasks.kinds.registry import kind_named
 from loralab.tasks.scorable import context_length, scorable
 
 __all__ = ["Prediction", "Scores", "answer_loss", "context_length", "evaluate", "evaluating", "generate"]
-MAIN_METRICS = ("entity_f1", "accuracy", "loss")  # the first that was measured decides
 
 
 @dataclass(frozen=True, kw_only=True)

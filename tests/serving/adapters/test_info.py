@@ -59,17 +59,22 @@ def test_every_kind_of_folder_has_a_method_that_can_be_typed(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metrics", "score"),
+    ("kind", "metrics", "score"),
     [
-        ({"loss": 0.5, "perplexity": 1.6}, ("loss", 0.5)),
-        ({"loss": 0.5, "accuracy": 0.9, "macro_f1": 0.8}, ("accuracy", 0.9)),
-        ({"loss": 0.5, "accuracy": 0.9, "entity_f1": 0.7}, ("entity_f1", 0.7)),
-        ({"spam_f1": 0.3}, ("spam_f1", 0.3)),  # of another tool
-        ({"accuracy": "high"}, None),
-        ({}, None),
+        (None, {"loss": 0.5, "perplexity": 1.6}, ("loss", 0.5)),
+        (None, {"loss": 0.5, "accuracy": 0.9, "macro_f1": 0.8}, ("accuracy", 0.9)),
+        ("token-classification", {"loss": 0.5, "accuracy": 0.9, "entity_f1": 0.7}, ("entity_f1", 0.7)),
+        ("multi-label", {"loss": 0.5, "accuracy": 0.9, "micro_f1": 0.7}, ("micro_f1", 0.7)),
+        ("reranker", {"loss": 0.5, "ndcg": 0.7}, ("ndcg", 0.7)),
+        ("scored-pairs", {"loss": 0.5, "spearman": 0.7}, ("spearman", 0.7)),
+        ("another", {"spam_f1": 0.3}, ("spam_f1", 0.3)),  # of another tool
+        (None, {"accuracy": "high"}, None),
+        (None, {}, None),
     ],
 )
-def test_the_score_is_the_metric_that_decides(metrics: dict[str, Any], score: tuple[str, float] | None) -> None:
-    record = {"digest": "0" * 64, "metrics": {"validation": metrics}}
+def test_the_score_is_the_metric_that_decides(
+    kind: str | None, metrics: dict[str, Any], score: tuple[str, float] | None
+) -> None:
+    record = {"digest": "0" * 64, "base": {"kind": kind}, "metrics": {"validation": metrics}}
     entry = describe("a", Path("a"), {"peft_type": "LORA"}, record, 1)
     assert entry.score == score

@@ -20,7 +20,8 @@ from loralab.adapters.combine import combine
 from loralab.adapters.load import load as load_adapter
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterNotFoundError, ConfigError
-from loralab.serving.adapters.sums import digest_of_sum, parse_sum, stack
+from loralab.serving.adapters.info import describe
+from loralab.serving.adapters.sums import describe_sum, digest_of_sum, parse_sum, stack
 from loralab.serving.http.keys import Key, Keys
 from loralab.serving.request import AdapterPart, Sampling
 from loralab.serving.text_engine import TextEngine
@@ -138,6 +139,14 @@ def test_it_goes_with_the_name_of_a_part(opened: Open, world: World, tmp_path: P
     assert not engine.store.holds(own.digest)
     with pytest.raises(AdapterNotFoundError):
         engine.submit(PROMPTS[0], adapter="one+two", sampling=GREEDY)
+
+
+def test_a_sum_of_several_kinds_is_of_none_whatever_the_order() -> None:
+    record = {"digest": "0" * 64, "base": {"kind": "sentence-encoder"}}
+    one = describe("a", Path("a"), {"peft_type": "LORA"}, record, 1)
+    other = replace(one, name="b", digest="1" * 64, kind="sequence-classification")
+    assert [describe_sum("s", pair, [1, 1]).embeds for pair in ([one, other], [other, one])] == [False, False]
+    assert describe_sum("s", [one, replace(one, digest="1" * 64)], [1, 1]).embeds
 
 
 def test_a_digest_is_of_the_parts_and_their_scales() -> None:

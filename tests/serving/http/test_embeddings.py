@@ -253,7 +253,21 @@ def test_what_is_wrong_is_named(body: dict[str, Any], param: str, served: Served
 def test_too_many_inputs_and_unknown_models(served: Served) -> None:
     response = served.post("/v1/embeddings", {"input": ["film"] * 4}, limits=Limits(texts=3))
     assert response.status_code == 400
+    for count, status in ((3, 200), (4, 400)):  # pairs, and not texts
+        found = served.post("/v1/score", {"text_1": "film", "text_2": ["good"] * count}, limits=Limits(texts=3))
+        assert found.status_code == status
+    assert "got 4" in found.json()["error"]["message"]
     assert served.refused("/v1/embeddings", {"model": "pair", "input": "film"}, 404)["code"] == "model_not_found"
+
+
+def test_what_has_been_read_neither_runs_nor_waits(served: Served) -> None:
+    engine = open_engine(model=str(served.folder), store=served.store, settings=ServeSettings(max_batch=4))
+    waiting = engine.embed(["film"] * 7, adapter=None)
+    engine.step()
+    assert (engine.running, engine.waiting) == (3, 0)
+    engine.step()
+    assert (engine.running, engine.waiting) == (0, 0)
+    assert len(waiting.result().vectors) == 7
 
 
 def test_models_say_what_they_can(served: Served) -> None:

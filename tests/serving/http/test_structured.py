@@ -113,34 +113,23 @@ def test_a_structure_that_takes_too_long_holds_up_nobody(engine: Any, monkeypatc
     over.set()
 
 
-def test_the_tables_of_a_tokenizer_are_made_before_a_server_opens_and_outside_of_the_limit(
+def test_the_tables_of_a_tokenizer_are_made_once_and_before_a_server_opens(
     opened: Open, byte_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, compile_structure = list[Any](), TextEngine.compile
+    made = list[Any]()
 
     def make(*given: Any, **more: Any) -> Any:
-        made.append(more["eos_token"])
+        made.append(given)
         return from_tokenizer(*given, **more)
 
-    def compile_cheaply(*given: Any) -> Any:
-        before = len(made)
-        structure = compile_structure(*given)
-        assert len(made) == before  # nothing slow is left to the time that a structure has
-        return structure
-
     monkeypatch.setattr("llguidance.hf.from_tokenizer", make)
-    monkeypatch.setattr(TextEngine, "compile", compile_cheaply)
-    monkeypatch.setattr("loralab.serving.http.prompts.COMPILE_SECONDS", 60.0)
     engine: Any = opened(of=byte_world)
     engine.start()
     assert len(made) == 1
-    body = {"model": "lora", "prompt": "a", "structured_outputs": {"choice": ["yes"]}, "max_tokens": 9}
-    assert post(engine, "/v1/completions", body).status_code == 200
+    for name in (engine.base.name, "lora", "dora"):
+        body = {"model": name, "prompt": "a", "structured_outputs": {"choice": ["yes"]}, "max_tokens": 9}
+        assert post(engine, "/v1/completions", body).status_code == 200
     assert len(made) == 1
-    engine._builder.constraints._tokenizers.clear()  # as for an adapter whose answers end in another way
-    body["structured_outputs"] = {"choice": ["no"]}
-    assert post(engine, "/v1/completions", body).status_code == 200
-    assert len(made) == 2
 
 
 def test_what_a_loose_schema_does_not_keep_is_told_in_the_answer(engine: Any) -> None:

@@ -7,13 +7,11 @@ from typing import Any
 from loralab.adapters.bases import shared_copy
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.peft_fields import PREFIX, TASK_TYPES
-from loralab.models.kinds import CLASSIFIER, SENTENCES, class_for
+from loralab.models.kinds import CLASSIFIER, PROBLEMS, SENTENCES, class_for
 from loralab.models.load import Base
 from loralab.serving.adapters.info import EMBEDDING_KINDS, section
 from loralab.serving.adapters.loader import AdapterLoader, ServableAdapter
 from loralab.serving.runners.encoder import body_of, body_path
-
-HEADED = ("multi-label", "regression", "reranker")  # kinds that end in a head as classifiers do
 
 
 class EncoderLoader:
@@ -39,7 +37,7 @@ class EncoderLoader:
         base = section(stored.record, "base")
         path = self._path if self._path in self._loaders and self._is_for_body(stored) else ""
         known = SENTENCES if base.get("kind") in EMBEDDING_KINDS else CLASSIFIER
-        if base.get("kind") in (*EMBEDDING_KINDS, *HEADED):  # one class of transformers for several kinds
+        if base.get("kind") in (*EMBEDDING_KINDS, *PROBLEMS):  # one class of transformers for several kinds
             stored = replace(stored, record={**stored.record, "base": {**base, "kind": known}})
         loaded = self._loaders[path].load(stored)
         adapter = loaded.adapter

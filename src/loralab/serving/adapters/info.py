@@ -14,12 +14,14 @@ from loralab.adapters.peft_fields import TASK_TYPES
 from loralab.adapters.record import FORMAT
 from loralab.adapters.registry import MethodSpec, spec_of_file, specs
 from loralab.errors import AdapterFileError
+from loralab.models.kinds import SCORED_PAIRS, SENTENCES
 from loralab.serving.adapters.names import DIGEST
 from loralab.serving.request import AdapterPart
-from loralab.tasks.score import MAIN_METRICS
+from loralab.tasks.kinds.kind import Kind
+from loralab.tasks.kinds.registry import kinds
 
 FURTHER = ("trainable_token_indices", "target_parameters", "lora_bias")  # what peft's LORA may have besides
-EMBEDDING_KINDS = ("sentence-encoder", "scored-pairs")
+EMBEDDING_KINDS = (SENTENCES, SCORED_PAIRS)
 OVERRIDES = ("chat_template", "eos_token")  # of a tokenizer, that an adapter may have its own of
 
 
@@ -68,7 +70,8 @@ class AdapterInfo:
     @property
     def score(self) -> tuple[str, float] | None:
         """Return the task's main metric and its value; None where nothing was measured."""
-        name = next((name for name in (*MAIN_METRICS, *self.metrics) if name in self.metrics), None)
+        main = (kinds().get(self.kind or "") or Kind).main
+        name = next((name for name in (*main, *self.metrics) if name in self.metrics), None)
         return None if name is None else (name, self.metrics[name])
 
 

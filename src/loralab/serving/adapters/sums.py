@@ -101,7 +101,7 @@ def describe_sum(name: str, entries: Sequence[AdapterInfo], scales: Sequence[flo
     ]
     same: dict[str, Any] = {
         field: getattr(first, field) if len({getattr(entry, field) for entry in entries}) == 1 else None
-        for field in ("task", "form", "instruction", "labels")
+        for field in ("kind", "task", "form", "instruction", "labels")
     }
     return replace(
         first,

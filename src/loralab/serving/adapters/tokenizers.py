@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loralab.models.identity import tokenizer_changes, warn_of, with_tokenizer_changes
+from loralab.models.kinds import CAUSAL
 from loralab.models.load import Base
 from loralab.serving.adapters.info import AdapterInfo
 from loralab.tasks.encode import chat_ids, stop_ids
@@ -61,7 +62,7 @@ class AdapterTokenizers:
 
 
 def _wording(base: Base) -> AdapterTokenizer:
-    if base.kind != "causal-lm":
+    if base.kind != CAUSAL:
         return AdapterTokenizer(base.tokenizer)
     return AdapterTokenizer(base.tokenizer, frozenset(stop_ids(base.tokenizer)), _opening(base.tokenizer))
 

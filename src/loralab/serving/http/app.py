@@ -209,7 +209,7 @@ async def _answer(
 ) -> Response:
     """Return the answers to some prompts, `n` each, whole or as a stream."""
     service, param = prompts.service, "prompt" if isinstance(body, CompletionBody) else "messages"
-    choices, structure = body.n or 1, await prompts.structure(_grammar(body, parser), entry)
+    choices, structure = body.n or 1, await prompts.structure(_grammar(body, parser))
     asked = [
         (ids, body.sampling(prompts.max_answer_tokens(ids, entry, param), choice))
         for ids in given

@@ -1,7 +1,8 @@
 """Routes whose answers come at once: classes, vectors, scores of pairs, and reranking."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def add_awaited(app: FastAPI, service: Service, operations: Operations) -> None:
 
 async def _scores(asking: "_Asking", body: ScoreBody | RerankBody) -> Any:
     pairs = body.pairs()
-    asking.require([text for pair in pairs for text in pair], 2 * asking.service.limits.texts)
+    asking.require(pairs, asking.service.limits.texts, texts=itertools.chain.from_iterable(pairs))
     options: dict[str, Any] = {"activation": body.use_activation is not False, "truncate": body.truncate}
     return await asking.answer(lambda: asking.encoder.score(pairs, adapter=asking.entry, **options))
 
@@ -103,14 +104,17 @@ class _Asking:
         engine: Any = self.service.engine
         return engine
 
-    def require(self, given: Sequence[Any], most: int) -> None:
+    def require(self, given: Sequence[Any], most: int, *, texts: Iterable[str] | None = None) -> None:
         """Refuse no inputs, too many, and texts that are far too long.
+
+        Args:
+            texts: of the inputs, if one has several.
 
         Raises:
             ApiError: 400.
         """
         self.service.require_some(len(given), self._param, most)
-        for text in given:
+        for text in given if texts is None else texts:
             if not isinstance(text, bytes):
                 self.service.require_fitting(len(text), self._param)
 

@@ -2,8 +2,6 @@
 
 import base64
 import sys
-import time
-import uuid
 from array import array
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -13,6 +11,7 @@ from pydantic import Field
 from loralab.serving.http.errors import ApiError
 from loralab.serving.http.requests import RequestBody, Texts, Tokens, Whole
 from loralab.serving.http.responses import AdapterIdentity, AnswerHead, Schema, ShortUsage
+from loralab.serving.http.shapes import head, usage
 from loralab.serving.request import Embeddings, PairScores
 
 NEUTRAL = {"add_special_tokens": (True,), "priority": (0,)}
@@ -123,7 +122,7 @@ class EmbeddingList(AnswerHead):
 
 
 class PairScore(Schema):
-    """How well the second text of a pair fits the first."""
+    """The fit of a pair's second text to the first."""
 
     object: Literal["score"]
     index: int
@@ -184,9 +183,7 @@ def reranking(body: RerankBody, adapter: AdapterIdentity | None, found: PairScor
 
 
 def _head(prefix: str, body: _PoolingBody, adapter: AdapterIdentity | None, tokens: int) -> dict[str, Any]:
-    usage = ShortUsage(prompt_tokens=tokens, completion_tokens=0, total_tokens=tokens)
-    head = {"id": prefix + uuid.uuid4().hex, "created": int(time.time()), "model": body.model}
-    return {**head, "adapter": adapter, "usage": usage}
+    return {**head(prefix, body.model, adapter), "usage": usage(tokens)}
 
 
 def _base64(vector: Sequence[float]) -> str:

@@ -28,7 +28,7 @@ TEXT = Task(name="text", format="text", splits={})
 
 
 class Prompts:
-    """What requests for texts are made of, for the engine of a service."""
+    """Parts of requests for texts, for the engine of a service."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -97,32 +97,27 @@ class Prompts:
             )
         return left
 
-    async def structure(self, grammar: Grammar | None, entry: "AdapterInfo | None") -> Compiled | None:
-        """Return a structure for answers of an adapter, compiled in a thread of its own.
+    async def structure(self, grammar: Grammar | None) -> Compiled | None:
+        """Return a structure for answers, compiled in a thread of its own.
 
         Raises:
             ApiError: 400, it cannot be, or takes too long; 503, too many that do are still compiled.
         """
         if grammar is None:
             return None
-        try:
-            await self.service.run_in_tokenizer_thread(lambda: self.engine.prepare_structures(entry, grammar.field))
-            return await self._compile_in_time(grammar, entry)
-        except LoralabError as error:
-            raise to_api_error(error) from None
-
-    async def _compile_in_time(self, grammar: Grammar, entry: "AdapterInfo | None") -> Compiled:
         if len(self._compiling) >= MAX_COMPILING:
             raise ApiError(503, "too many structures are compiled now", code="busy", retry_after=RETRY_SECONDS)
         future: Future[Compiled] = Future()
         self._compiling.append(None)
-        work = functools.partial(self.engine.compile, grammar, entry)
+        work = functools.partial(self.engine.compile, grammar)
         threading.Thread(target=self._resolve, args=(future, work), daemon=True).start()
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), COMPILE_SECONDS)
         except TimeoutError:
             text = f"{grammar.field} takes more than {COMPILE_SECONDS:g} seconds to compile"
             raise ApiError(400, text, param=grammar.field, code=f"invalid_{grammar.kind}") from None
+        except LoralabError as error:
+            raise to_api_error(error) from None
 
     def _resolve(self, future: "Future[Compiled]", work: Callable[[], Compiled]) -> None:
         with contextlib.suppress(InvalidStateError):  # nobody waits any more

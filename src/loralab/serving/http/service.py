@@ -293,7 +293,7 @@ def server_info(engine: "AnyEngine") -> ServerInfo:
         kind=engine.base.kind,
         adapters=tuple(entry.name for entry in entries),
         capabilities=tuple(engine.capabilities(entries[0] if entries else None)),
-        refused=dict(getattr(engine.store, "refused", {})),
+        refused=dict(engine.store.refused),
         slower=engine.slower,
     )
 

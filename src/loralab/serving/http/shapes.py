@@ -41,12 +41,7 @@ class _Shape(ABC):
         prompt_tokens: int | None = None,
         logprobs: bool = False,
     ) -> None:
-        self._head: Json = {
-            "id": self.prefix + uuid.uuid4().hex,
-            "created": int(time.time()),
-            "model": model,
-            "adapter": adapter_of(answers[0]),
-        }
+        self._head = head(self.prefix, model, adapter_of(answers[0]))
         self._choices, self._usage, self._prompt_tokens = choices, usage, prompt_tokens
         self._logprobs = logprobs
         self._written = [0] * len(answers)  # tokens of each answer so far
@@ -66,7 +61,7 @@ class _Shape(ABC):
         return kind.model_validate({**self._head, **once, "object": name, "choices": choices, **usage})
 
     def _usage_so_far(self) -> api.ShortUsage | None:
-        return None if self._prompt_tokens is None else _usage(self._prompt_tokens, sum(self._written))
+        return None if self._prompt_tokens is None else usage(self._prompt_tokens, sum(self._written))
 
     @abstractmethod
     def chunk(self, choices: list[Any]) -> Any:
@@ -83,7 +78,7 @@ class _Shape(ABC):
         completion = sum(end.completion_tokens for end in ends)
         cached = sum(end.cached_tokens for end in asked)
         details = api.CachedTokens(cached_tokens=cached)
-        return api.Usage(**_usage(prompt, completion).as_json(), prompt_tokens_details=details)
+        return api.Usage(**usage(prompt, completion).as_json(), prompt_tokens_details=details)
 
     def _whole(self, done: Sequence[Completed]) -> Json:
         """Return the fields of a whole answer beside its choices."""
@@ -209,11 +204,8 @@ def classification(model: str, entry: Any, ranked: Sequence[Ranked]) -> api.Clas
     """Return the answer of /v1/classify: `probs` in the order of the classes, `probabilities` by name."""
     classes = () if entry is None else entry.labels
     return api.Classification(
-        id="classify-" + uuid.uuid4().hex,
+        **head("classify-", model, identity(entry)),
         object="list",
-        created=int(time.time()),
-        model=model,
-        adapter=identity(entry),
         data=[
             api.Ranking(
                 index=index,
@@ -224,8 +216,13 @@ def classification(model: str, entry: Any, ranked: Sequence[Ranked]) -> api.Clas
             )
             for index, one in enumerate(ranked)
         ],
-        usage=_usage(sum(one.tokens for one in ranked), 0),
+        usage=usage(sum(one.tokens for one in ranked)),
     )
+
+
+def head(prefix: str, model: str, adapter: api.AdapterIdentity | None) -> Json:
+    """Return the fields that every answer begins with; its id has a prefix."""
+    return {"id": prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model, "adapter": adapter}
 
 
 def identity(entry: Any) -> api.AdapterIdentity | None:
@@ -259,7 +256,8 @@ def models(
     return found
 
 
-def _usage(prompt: int, completion: int) -> api.ShortUsage:
+def usage(prompt: int, completion: int = 0) -> api.ShortUsage:
+    """Return the tokens that were read and written."""
     return api.ShortUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loralab.adapters.record import sound
+from loralab.models.kinds import CAUSAL, CLASSIFIER
 from loralab.serving.adapters.info import AdapterInfo
 from loralab.serving.request_builder import task_of
 from loralab.tasks.encode import chat_ids, prompt_ids
@@ -16,7 +17,6 @@ from loralab.tasks.examples import Ids
 
 Example = dict[str, str]  # "mode", of the page, and "text"
 MARKS = ("good", "the")  # inputs that show what a template writes around any input
-CLASSIFIERS = ("sequence-classification",)
 
 
 def example_of(record: Mapping[str, Any], entry: AdapterInfo, *, kind: str, tokenizer: Any) -> Example | None:
@@ -27,10 +27,10 @@ def example_of(record: Mapping[str, Any], entry: AdapterInfo, *, kind: str, toke
         kind: of the base.
     """
     sample = sound(record).get("sample") or []
-    if kind in CLASSIFIERS:
+    if kind == CLASSIFIER:
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in sample]
         return _first("classes", texts)
-    if kind != "causal-lm" or entry.form == "pair-label":
+    if kind != CAUSAL or entry.form == "pair-label":
         return None
     if entry.form == "text" or not tokenizer.chat_template:
         return _first("text", [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sample])

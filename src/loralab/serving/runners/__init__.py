@@ -1,1 +1,1 @@
-"""How the steps of a base with many adapters are computed."""
+"""Ways to compute the steps of a base with many adapters."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from loralab.adapters.grouped import Bank, spans_of
+from loralab.models.kinds import CLASSIFIER, VISION
 from loralab.models.load import Base
 from loralab.models.sentences import Pooling
 from loralab.serving.encoder_request import Cosines, Reading, Vectors
@@ -73,7 +74,7 @@ class EncoderRunner:
         reader = self._base.tokenizer
         batch = collate(
             [example for _, example, _ in inputs],
-            kind="image-classification" if self._base.kind == "image-classification" else "sequence-classification",
+            kind=VISION if self._base.kind == VISION else CLASSIFIER,
             pictures=reader,
             pad_id=getattr(reader, "pad_token_id", 0) or 0,
         )
