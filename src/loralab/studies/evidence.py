@@ -11,7 +11,6 @@ from loralab.studies.message import Column, Message, Table
 from loralab.studies.study import DONE, EDGE, FALLING, Arm, Finding, Record, StudySetup
 from loralab.studies.wording import catalogue
 
-SEED = 0  # of every bootstrap: rendering again gives the same page
 COMMONEST = "commonest label"  # the arm that says it, whatever it is asked
 MANY_SEEDS, MANY_ROWS = 200, 1e6  # as good as never
 MARGIN = 1.0  # points of a score, percent of a loss: differences that do not matter
