@@ -74,10 +74,7 @@ def cheapest_not_beaten(scores: Floats) -> int:
     """Take "not shown to be better" for "equal": t intervals of pairs, Bonferroni's."""
     pairs = len(scores) * (len(scores) - 1) // 2
     for cheap in range(len(scores)):
-        gaps = (
-            difference(own.tolist(), scores[cheap].tolist(), generator=np.random.default_rng(0), comparisons=pairs)
-            for own in scores[cheap + 1 :]
-        )
+        gaps = (difference(own.tolist(), scores[cheap].tolist(), comparisons=pairs) for own in scores[cheap + 1 :])
         if not any(gap.low > 0 for gap in gaps):
             return cheap
     return len(scores) - 1

@@ -1,4 +1,4 @@
-"""What fits into a budget, and how long the rest takes, follow from the trials of the same kind."""
+"""A budget and the time that is left follow from the trials of the same kind."""
 
 import math
 import time

@@ -94,7 +94,7 @@ def test_messages_stand_in_messages_in_the_language_of_the_whole() -> None:
 
 
 def test_chinese_has_no_space_where_a_message_meets_it_and_names_keep_theirs() -> None:
-    texts = [say(Message("contrast.too_small"), "zh-TW"), "r=8", "資料 一"]
+    texts = [say(Message("contrast.needs_both"), "zh-TW"), "r=8", "資料 一"]
     for inner, outer in itertools.permutations(texts, 2):
         said = say(Message("contrast.single", a=inner, b=outer), "zh-TW")
         assert [said.count(inner), said.count(outer)] == [1, 1]

@@ -12,10 +12,10 @@ from typing import Any
 from loralab.studies.catalog import RECOMMEND
 from loralab.studies.commands import apply_command, flat, search_command
 from loralab.studies.compare import Comparison
-from loralab.studies.evidence import Metric, by_arm, means_of, metric_of
+from loralab.studies.evidence import Metric, by_arm, means_of, metric_of, parameters
 from loralab.studies.fields import configured
 from loralab.studies.message import Message, sentences
-from loralab.studies.ranking import FLOOR, parameters, ranked
+from loralab.studies.ranking import FLOOR, ranked
 from loralab.studies.section import Section
 from loralab.studies.study import Record
 

@@ -11,7 +11,6 @@ from loralab.studies.message import Column, Message, Table
 from loralab.studies.study import DONE, EDGE, FALLING, Arm, Finding, Record, StudySetup
 from loralab.studies.wording import catalogue
 
-SEED = 0  # of every bootstrap: rendering again gives the same page
 COMMONEST = "commonest label"  # the arm that says it, whatever it is asked
 MANY_SEEDS, MANY_ROWS = 200, 1e6  # as good as never
 MARGIN = 1.0  # points of a score, percent of a loss: differences that do not matter
@@ -156,7 +155,7 @@ def _needed(found: Contrast) -> Message:
         return Message("contrast.needs_seeds", seeds=n)
     if (rows := found.rows_needed) is not None and rows < MANY_ROWS:
         return Message("contrast.needs_rows", rows=rows)
-    return Message("contrast.too_small")
+    return Message("contrast.needs_both")
 
 
 def own_interval(records: Sequence[Record]) -> tuple[float, float, float]:
@@ -195,6 +194,13 @@ def best_arm(arms: Mapping[str, Sequence[Record]], metric: Metric) -> str:
     return max(arms, key=lambda name: sign * mean_of(arms[name], "score"))
 
 
+def parameters(records: Sequence[Record]) -> float:
+    """Return what an arm trains, its head not counted."""
+    head = mean_of(records, "head_parameters")
+    found = mean_of(records, "parameters") - (head if head == head else 0.0)  # NaN: not recorded
+    return found if math.isfinite(found) else 0.0
+
+
 COSTS = (Column("step_seconds", "seconds"), Column("peak_bytes", "bytes"), Column("file_bytes", "bytes"))
 LOSSES = (Column("train_loss", "plain"), Column("validation_loss", "plain"), Column("gap", "plain"))
 
@@ -206,10 +212,11 @@ def score_column(metric: Metric) -> Column:
 
 def scores_table(arms: Mapping[str, Sequence[Record]], metric: Metric) -> Table:
     """Return every arm: size, score with its interval, losses, cost."""
-    numbers = (Column("parameters", "count"), *LOSSES, *COSTS)
+    numbers = (*LOSSES, *COSTS)
     rows = [
         {
             "arm": name,
+            "adapter_parameters": parameters(own),
             "score": metric.scored(own),
             "rate": rate(own),
             "forgetting": forgetting_of(own),
@@ -217,7 +224,14 @@ def scores_table(arms: Mapping[str, Sequence[Record]], metric: Metric) -> Table:
         }
         for name, own in arms.items()
     ]
-    columns = [Column("arm"), numbers[0], score_column(metric), *LOSSES, Column("rate"), *COSTS]
+    columns = [
+        Column("arm"),
+        Column("adapter_parameters", "count"),
+        score_column(metric),
+        *LOSSES,
+        Column("rate"),
+        *COSTS,
+    ]
     if any(row["forgetting"] is not None for row in rows):
         columns.insert(3, Column("forgetting"))
     return Table(title=Message("table.scores"), columns=columns, rows=rows)

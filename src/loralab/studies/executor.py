@@ -1,4 +1,4 @@
-"""How a trial runs: in a process of its own, forked from one that has everything imported and computed nothing.
+"""Run a trial in a process of its own, forked from one that has everything imported and computed nothing.
 
 So peak memory and time are those of one trial alone, a trial that is killed takes nothing with it, and
 none waits seconds for its imports. `Here` runs them on this machine, one after the other; `Cluster`
@@ -43,7 +43,7 @@ Job = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """What a job returned, or why it returned nothing: an error, `known` where it is the user's, or its process died."""
+    """The value of a job, or why there is none: an error, `known` where it is the user's, or its process `died`."""
 
     value: Any = None
     reason: str = ""

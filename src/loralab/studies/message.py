@@ -32,6 +32,11 @@ def sentences(*parts: Message | None) -> Message:
     return Message("join.sentences", parts=present(parts))
 
 
+def numbered(parts: Iterable[Message | None]) -> Message:
+    """Join sentences that are numbered from 1."""
+    return sentences(*(Message("join.numbered", number=n, part=part) for n, part in enumerate(present(parts), 1)))
+
+
 def clauses(parts: Iterable[Message | None]) -> Message:
     """Join parts of one sentence."""
     return Message("join.clauses", parts=present(parts))

@@ -1,4 +1,4 @@
-"""How long trials take, after those of their kind: what fits into a budget, and how much time is left."""
+"""Estimate how long trials take from those of their kind: what fits into a budget, and how much time is left."""
 
 import math
 import threading

@@ -1,14 +1,13 @@
 """Arms side by side: who is best, whom it beats, what is recommended."""
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from loralab.studies.contrast import TINY, Contrast, Ranking, Sample, rank_arms
-from loralab.studies.evidence import COMMONEST, Metric, best_arm, claim, mean_of, sample
+from loralab.studies.evidence import COMMONEST, Metric, best_arm, claim, mean_of, parameters, sample
 from loralab.studies.message import Message, sentences
 from loralab.studies.study import Finding, Record
 
@@ -135,13 +134,6 @@ def claims(found: Ranking, metric: Metric, names: Sequence[str] | None = None) -
     """Compare every pair of some arms once, the better mean first; none is all that can be recommended."""
     wanted = sorted(found.names if names is None else names, key=lambda name: -found.means[name][0])
     return [claim(found.contrast(a, b), metric) for a, b in itertools.combinations(wanted, 2)]
-
-
-def parameters(records: Sequence[Record]) -> float:
-    """Return what an arm trains, its head not counted."""
-    head = mean_of(records, "head_parameters")
-    found = mean_of(records, "parameters") - (head if head == head else 0.0)  # NaN: not recorded
-    return found if math.isfinite(found) else 0.0
 
 
 def next_step(found: Ranking, otherwise: Message) -> Message:

@@ -1,4 +1,4 @@
-"""Which trials a study runs: a loop asks rules what comes next (rates.py, race.py), and obtains it.
+"""Walk through the trials of a study: a loop asks rules what comes next (rates.py, race.py), and obtains it.
 
 The rules are functions of what came out so far, so the same walk reads a folder and fills it: which
 trials there are follows from study.toml and from what the trials before them gave.

@@ -1,7 +1,6 @@
 """Intervals of means, of medians and of paired differences.
 
-Every function that draws takes its generator. Larger is better in everything that is compared:
-losses come in negated.
+Larger is better in everything that is compared: losses come in negated.
 """
 
 import math
@@ -13,18 +12,11 @@ from scipy import optimize, stats
 
 from loralab.studies.contrast import CONFIDENCE, SIDE, Contrast, Verdict, verdict_of
 
-DRAWS = 2000  # of a bootstrap
-
 Floats = NDArray[np.float64]
 
 
 def difference(
-    ours: Sequence[Sequence[float]],
-    theirs: Sequence[Sequence[float]],
-    *,
-    generator: np.random.Generator,
-    comparisons: int = 1,
-    margin: float = 0.0,
+    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], *, comparisons: int = 1, margin: float = 0.0
 ) -> Contrast:
     """Return ours less theirs, for two treatments of the same runs; `comparisons` share one chance of error.
 
@@ -34,16 +26,14 @@ def difference(
         margin: the largest difference that does not matter.
 
     Both seeds and items are samples: the variance of the mean is that over seeds plus that over
-    items (crossed random effects, on the safe side: what varies with both is counted twice). That
-    over items comes from a bootstrap, that over seeds from Student's t; Satterthwaite's degrees
-    of freedom join them. Intervals are Bonferroni's for `comparisons`. Arms that were trained apart
-    are compared by `rank_arms`.
+    items (crossed random effects, on the safe side: what varies with both is counted twice);
+    Satterthwaite's degrees of freedom join them. Intervals are Bonferroni's for `comparisons`. Arms
+    that were trained apart are compared by `rank_arms`.
     """
     paired = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     seeds, items = paired.shape
     effect = float(paired.mean())
-    of_seeds = float(paired.mean(axis=1).var(ddof=1)) / seeds if seeds > 1 else 0.0
-    of_items = bootstrap_variance(paired.mean(axis=0), generator) if items > 1 else 0.0
+    of_seeds, of_items = (_variance_of_mean(paired.mean(axis=axis)) for axis in (1, 0))
     half = inner = math.nan
     if seeds > 1 or items > 1:
         half = _half_width(of_seeds, seeds, of_items, items, (1 - CONFIDENCE) / comparisons / 2)
@@ -101,12 +91,9 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     return ordered[k - 1], ordered[n - k]
 
 
-def bootstrap_variance(values: Floats, generator: np.random.Generator) -> float:
-    """Return the variance of the mean, by resampling; unbiased (a bootstrap's own is (n - 1) / n too small)."""
-    if np.ptp(values) == 0:
-        return 0.0
-    found = stats.bootstrap((values,), np.mean, n_resamples=DRAWS, method="percentile", rng=generator)
-    return float(found.standard_error) ** 2 * len(values) / (len(values) - 1)
+def _variance_of_mean(values: Floats) -> float:
+    """Return the variance of a sample's mean; zero where nothing varies, or there is one value."""
+    return float(values.var(ddof=1)) / len(values) if np.ptp(values) > 0 else 0.0
 
 
 def _half_width(of_seeds: float, seeds: int, of_items: float, items: int, tail: float) -> float:

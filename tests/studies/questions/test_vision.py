@@ -117,7 +117,7 @@ def test_a_planted_order_is_claimed() -> None:
     ]
     arms = [m.values["arm"] for m in messages_in(answer.blanks[2][1]) if m.key == "vision.performance"]
     assert arms == ["linear-probe", "q+v r=8", "all-linear r=8", "full"]
-    steps = [m.values for m in messages_in(answer.blanks[3][1]) if m.key == "vision.plan_step"]
+    steps = [m.values for m in messages_in(answer.blanks[3][1]) if m.key == "join.numbered"]
     assert [step["number"] for step in steps] == list(range(1, len(steps) + 1))
     assert message_in(answer.blanks[3][1], "vision.longer").values["steps"] == 100
     assert answer.next.key == "vision.other_ranks"

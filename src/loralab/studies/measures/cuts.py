@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.spectrum import decompose
-from loralab.studies.evidence import SEED, Metric, mean_of
+from loralab.studies.evidence import Metric, mean_of
 from loralab.studies.measures.layers import low_rank
 from loralab.studies.message import Chart, Message
 from loralab.studies.statistics import difference
@@ -66,7 +66,6 @@ def kept_at(records: Sequence[Record], metric: Metric) -> int | None:
         found = difference(
             [r.items[f"{CUT}{rank}"] for r in records],
             [r.items["score"] for r in records],
-            generator=np.random.default_rng(SEED),
             margin=metric.margin_at(abs(mean_of(records, "score"))),
         )
         if found.verdict in ("equivalent", "better"):

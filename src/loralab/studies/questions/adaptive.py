@@ -7,11 +7,11 @@ from typing import Any
 from loralab.adapters.methods import IMPORTANCES
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms
-from loralab.studies.evidence import mean_of, means_of, score_column
+from loralab.studies.evidence import mean_of, means_of, parameters, score_column
 from loralab.studies.measures.shrinking import MEASURE_BUDGET
 from loralab.studies.measures.watch import mean_of_steps
 from loralab.studies.message import Column, Message, Table, clauses, sentences
-from loralab.studies.ranking import Arms, parameters
+from loralab.studies.ranking import Arms
 from loralab.studies.readings.final_ranks import (
     agreement,
     budget_chart,

@@ -12,11 +12,11 @@ from loralab.models.device import device_here
 from loralab.models.load import Base
 from loralab.studies.budgets import Fields, solved, trained_parameters
 from loralab.studies.compare import Comparison, compare_arms
-from loralab.studies.evidence import best_arm, mean_of, score_column
+from loralab.studies.evidence import best_arm, mean_of, parameters, score_column
 from loralab.studies.measures.passes import MEASURE_PASSES, MERGED
 from loralab.studies.measures.tradeoff import MEASURE_TRADEOFF
-from loralab.studies.message import Column, Message, Table, sentences
-from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, parameters
+from loralab.studies.message import Column, Message, Table, numbered, sentences
+from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step
 from loralab.studies.rates import usual
 from loralab.studies.readings.forgetting import Claim, Tradeoffs, published_claims
 from loralab.studies.readings.latencies import Latencies, added, in_short, pass_chart, pass_findings, pass_table
@@ -237,13 +237,13 @@ def _how_to_choose(found: Comparison, times: Latencies, forgetting: Sequence[Cla
     claims_on_it = [finding.sentence for claim in forgetting for finding in claim.findings]
     by_score = _at_budget(found)
     by_latency = added(times)
-    return sentences(
+    criteria = [
         by_score and Message("methods.by_score", ranking=by_score),
         by_latency and Message("methods.by_latency", latencies=sentences(by_latency, _merging(times))),
         _by_speed(found.arms),
         Message("methods.by_forgetting", claims=claims_on_it) if claims_on_it else None,
-        found.recommendation,
-    )
+    ]
+    return sentences(numbered(criteria), found.recommendation)
 
 
 def _merging(times: Latencies) -> Message | None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from loralab.models.load import Base
 from loralab.studies.compare import compare_arms
-from loralab.studies.evidence import Metric, mean_of
+from loralab.studies.evidence import Metric, mean_of, parameters
 from loralab.studies.measures.cuts import MEASURE_CUTS, cut_figure, kept_at
 from loralab.studies.message import Message, sentences
 from loralab.studies.study import Answer, Arm, Record, StudySetup, nothing_measured
@@ -54,7 +54,7 @@ def _blank(records: Sequence[Record], metric: Metric) -> Message:
         "rank.blank",
         metric=metric.text,
         score=metric.scored(records),
-        parameters=mean_of(records, "parameters"),
+        parameters=parameters(records),
         step=mean_of(records, "step_seconds"),
         gap=mean_of(records, "gap"),
     )

@@ -7,11 +7,11 @@ from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.budgets import Fields, largest_rank, solved, trained_parameters
 from loralab.studies.compare import Comparison, compare_arms, score_chart
-from loralab.studies.evidence import Metric, mean_of, score_column
+from loralab.studies.evidence import Metric, mean_of, parameters, score_column
 from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, layers_table, source_names, update_chart
 from loralab.studies.message import Column, Message, Table, columns, sentences
 from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice, singles
-from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, open_rivals, parameters
+from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, open_rivals
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import BASE_ARM, MEASURE
 

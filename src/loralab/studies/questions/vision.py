@@ -8,12 +8,12 @@ from loralab.adapters.methods import FullFineTune
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms, score_chart
-from loralab.studies.evidence import mean_of
+from loralab.studies.evidence import mean_of, parameters
 from loralab.studies.measures.anatomy import MEASURE_ANATOMY, anatomy_table, likeness
 from loralab.studies.measures.updates import REFERENCE
-from loralab.studies.message import Message, clauses, sentences
+from loralab.studies.message import Message, clauses, numbered, sentences
 from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice
-from loralab.studies.ranking import claims, leader, open_rivals, parameters
+from loralab.studies.ranking import claims, leader, open_rivals
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
 from loralab.tasks.kinds.registry import kind_named
@@ -139,7 +139,7 @@ def _plan(found: Comparison, findings: Sequence[Finding], setup: StudySetup) -> 
     undecided = [Message("vision.settle", claim=f.sentence) for f in findings if f.verdict == "undecided"]
     longer = Message("vision.longer", steps=max(100, 4 * int(setup.fields.get("max_steps", 0))))
     steps = [_next(found), *undecided[:1], longer, Message("vision.own_pictures")]
-    return sentences(*(Message("vision.plan_step", number=i + 1, step=step) for i, step in enumerate(steps)))
+    return numbered(steps)
 
 
 def _next(found: Comparison) -> Message:

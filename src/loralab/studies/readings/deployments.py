@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from loralab.studies.contrast import CONFIDENCE, Contrast
-from loralab.studies.evidence import SEED, Metric, metric_of
+from loralab.studies.evidence import Metric, metric_of
 from loralab.studies.measures.deployed import DENSE, LOOPED, MERGED, SEVERAL, UNMERGED
 from loralab.studies.message import Message
 from loralab.studies.statistics import difference
@@ -113,8 +113,7 @@ class Deployed:
             return None
         ours, theirs = self.items[way], self.items[self.control[way[0]]]
         margin = self.metric.margin_at(abs(float(np.mean(theirs))))
-        draw, family = np.random.default_rng(SEED), len(self.scored)
-        return difference([ours], [theirs], generator=draw, comparisons=family, margin=margin)
+        return difference([ours], [theirs], comparisons=len(self.scored), margin=margin)
 
     def score(self, way: Way) -> Message | None:
         """Return the score of a way as it is written, where it has one."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from loralab.studies.contrast import Contrast
-from loralab.studies.evidence import MARGIN, SEED, Metric
+from loralab.studies.contrast import SEED, Contrast
+from loralab.studies.evidence import MARGIN, Metric
 from loralab.studies.measures.dimension import Curve, Items, curve_of, floor_of, interval, smallest, target
 from loralab.studies.measures.overlaps import LARGE, SIDES, SMALL, logs
 from loralab.studies.measures.spectra import SHARES, shares_of
@@ -126,8 +126,8 @@ class Dimension:
         """Return d90 of every variant; nothing where full fine-tuning gains nothing, None where that is not known."""
         if self.full is None or self.floor is None:
             return None
-        margin, draw = metric.margin_at(abs(float(self.floor.mean()))), np.random.default_rng(SEED)
-        gain = difference([self.full.tolist()], [self.floor.tolist()], generator=draw, margin=margin)
+        margin = metric.margin_at(abs(float(self.floor.mean())))
+        gain = difference([self.full.tolist()], [self.floor.tolist()], margin=margin)
         if gain.verdict != "better":
             return {}
         found = {}
@@ -217,8 +217,7 @@ def over_modules(
     ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], comparisons: int = 1, margin: float = 0.0
 ) -> Contrast:
     """Compare numbers that are paired by module; modules and seeds are the sample."""
-    draw = np.random.default_rng(SEED)
-    return difference(ours, theirs, comparisons=comparisons, generator=draw, margin=margin)
+    return difference(ours, theirs, comparisons=comparisons, margin=margin)
 
 
 def spectra_of(records: Sequence[Record], full: str) -> list[Spectra]:

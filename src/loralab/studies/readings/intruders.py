@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from loralab.studies.contrast import Ranking, Sample, rank_arms
-from loralab.studies.evidence import SEED, Metric, claim, finding, mean_of
+from loralab.studies.evidence import Metric, claim, finding, mean_of
 from loralab.studies.measures.intruders import GENERAL, KEPT, NEAR, REPAIRED, TASK, TOP
 from loralab.studies.measures.overlaps import LARGE, SMALL
 from loralab.studies.message import Column, Message, Table
@@ -74,13 +74,7 @@ class Intruders:
                 continue
             metric = Metric(name=runs[0].texts["general_kind" if name == GENERAL else "task_metric"])
             repaired, trained = ([record.items[key] for record in runs] for key in (name + REPAIRED, name))
-            change = difference(
-                repaired,
-                trained,
-                generator=np.random.default_rng(SEED),
-                comparisons=2,
-                margin=metric.margin_at(abs(float(np.mean(trained)))),
-            )
+            change = difference(repaired, trained, comparisons=2, margin=metric.margin_at(abs(float(np.mean(trained)))))
             where = runs[0].texts["general"] if name == GENERAL else Message("lowrank.the_task")
             pair = (
                 Message("lowrank.repaired", rank=SMALL, kept=KEPT, where=where),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loralab.studies.contrast import Contrast
-from loralab.studies.evidence import MARGIN, SEED, Metric
+from loralab.studies.evidence import MARGIN, Metric
 from loralab.studies.measures.drift import NOTED
 from loralab.studies.measures.merging import AFTER, BEFORE
 from loralab.studies.statistics import difference, median_contrast
@@ -38,8 +38,7 @@ class Drift:
     def change(self, family: int) -> Contrast:
         """Compare the weights with the original, over modules; what is off counts as worse."""
         last = [curve[-1] for curve in self.modules]
-        draw = np.random.default_rng(SEED)
-        return difference([[0.0] * len(last)], [last], generator=draw, comparisons=family)
+        return difference([[0.0] * len(last)], [last], comparisons=family)
 
 
 def drifts_of(records: Sequence[Record]) -> list[Drift]:
@@ -68,7 +67,7 @@ def merged_change(record: Record, metric: Metric, family: int, kind: str = "") -
     if not now:
         return None
     margin = metric.margin_at(abs(float(np.mean(was))))
-    return difference([now], [was], generator=np.random.default_rng(SEED), comparisons=family, margin=margin)
+    return difference([now], [was], comparisons=family, margin=margin)
 
 
 def kept_change(record: Record | None) -> Contrast | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loralab.studies.evidence import SEED, mean_of
+from loralab.studies.evidence import mean_of
 from loralab.studies.statistics import difference
 from loralab.studies.study import DONE, Record
 from loralab.studies.timing import MARGIN, Overhead
@@ -66,8 +66,8 @@ class Savings:
         sides = [[[math.log(v) for v in values(record)] for record in side] for side in zip(*pairs, strict=True)]
         if not sides or len({len(row) for side in sides for row in side}) > 1:
             return None
-        draw, family = np.random.default_rng(SEED), max(1, len(self.others))
-        saved = difference(sides[1], sides[0], generator=draw, comparisons=family, margin=math.log1p(MARGIN))
+        family = max(1, len(self.others))
+        saved = difference(sides[1], sides[0], comparisons=family, margin=math.log1p(MARGIN))
         share = math.expm1(-saved.estimate)
         if len(sides[0]) == 1 and len(sides[0][0]) < FEW:
             return Overhead(share=share, low=math.nan, high=math.nan, verdict="undecided")

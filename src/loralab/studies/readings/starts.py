@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loralab.studies.contrast import Contrast
-from loralab.studies.evidence import SEED, Metric, mean_of
+from loralab.studies.evidence import Metric, mean_of
 from loralab.studies.measures.watch import mean_of_steps
 from loralab.studies.message import Chart, Message
 from loralab.studies.statistics import difference
@@ -65,7 +65,6 @@ class Start:
         return difference(
             changes,
             np.zeros_like(changes).tolist(),
-            generator=np.random.default_rng(SEED),
             comparisons=comparisons,
             margin=LOSS.margin_at(self.mean("base_loss")),
         )
