@@ -136,11 +136,7 @@ def cheapest_not_beaten(arms: Mapping[str, Sequence[Record]]) -> str:
     pairs = len(names) * (len(names) - 1) // 2
 
     def beaten(name: str) -> bool:
-        gaps = (
-            difference(scores[other], scores[name], comparisons=pairs, generator=np.random.default_rng(0))
-            for other in names
-            if other != name
-        )
+        gaps = (difference(scores[other], scores[name], comparisons=pairs) for other in names if other != name)
         return any(gap.low > 0 for gap in gaps)
 
     return next((name for name in names if not beaten(name)), names[-1])
