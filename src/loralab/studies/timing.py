@@ -6,7 +6,7 @@ slows all of them; ways are compared trial by trial.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from loralab.studies.study import Finding
 LEAST = 6  # trials: with fewer no interval of a median reaches 95 %
 MARGIN = 0.05  # of a time: a smaller difference does not matter
 
-T = TypeVar("T")
+T, W, R = TypeVar("T"), TypeVar("W"), TypeVar("R")
 
 
 def trials(ways: Sequence[T], *, seconds: float, most: int) -> Iterator[list[T]]:
@@ -33,13 +33,16 @@ def trials(ways: Sequence[T], *, seconds: float, most: int) -> Iterator[list[T]]
         yield [ways[number] for number in draw.permutation(len(ways))]
 
 
-def in_turns(ways: Mapping[str, Callable[[], Any]], *, seconds: float, most: int) -> dict[str, list[float]]:
-    """Return the seconds that every way takes in each of the trials."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for order in trials(list(ways), seconds=seconds, most=most):
-        for name in order:
-            times[name].append(timed(ways[name])[1])
-    return times
+def in_turns(
+    ways: Sequence[W], shapes: Sequence[T], once: Callable[[W, T], R], *, seconds: float, most: int
+) -> dict[tuple[W, T], list[R]]:
+    """Return what `once` gives for each way and shape, such as seconds, in each of the trials."""
+    found: dict[tuple[W, T], list[R]] = {(way, shape): [] for way in ways for shape in shapes}
+    for order in trials(ways, seconds=seconds, most=most):
+        for shape in shapes:
+            for way in order:
+                found[way, shape].append(once(way, shape))
+    return found
 
 
 def affordable(shapes: Iterable[T], trial: Callable[[T], float], seconds: float) -> list[T]:

@@ -330,30 +330,29 @@ def test_nothing_measured_and_nothing_timed_are_said() -> None:
 
 
 def test_passes_are_those_of_the_variants() -> None:
-    """Compute in each way what the way says, and leave the model itself afterwards."""
+    """Compute in each way what the way says, and leave the model itself as it is."""
     model = base(tiny.llama())
+    plain, before = tiny.logits(model.model), dict(model.model.named_parameters())
     variants: dict[str, Any] = {"lora": {"method": "lora", "rank": 2}, "p": {"method": "prefix"}}
-    ways, refused = passes.ways_of(model, {**variants, "b": {"method": "bitfit"}})
-    assert ways == [("base", "base"), ("lora", "merged"), ("lora", "unmerged"), ("p", "unmerged")]
+    models, refused = passes.models_of(model, {**variants, "b": {"method": "bitfit"}})
+    assert list(models) == [("base", "base"), ("lora", "merged"), ("lora", "unmerged"), ("p", "unmerged")]
     assert [row["variant"] for row in refused] == ["b"]
-    plain = tiny.logits(model.model)
-    with passes.variant(model, variants, ("p", "unmerged")):
-        assert not torch.equal(tiny.logits(model.model), plain)
-    before = {name: id(p) for name, p in model.model.named_parameters()}
-    with passes.variant(model, variants, ("lora", "merged")):
-        kinds = {type(m).__name__ for m in model.model.modules()}
-        changed = {n for n, p in model.model.named_parameters() if id(p) != before.get(n)}
-    assert not any("LoRA" in kind for kind in kinds)  # a merged model is a plain one
-    assert len(changed) == 3 * 7
-    assert {name: id(p) for name, p in model.model.named_parameters()} == before
+    assert not torch.equal(tiny.logits(models["p", "unmerged"]), plain)
+    merged = models["lora", "merged"]
+    assert not any("LoRA" in type(m).__name__ for m in merged.modules())  # a merged model is a plain one
+    own = dict(merged.named_parameters())
+    assert sum(own[name] is not weight for name, weight in before.items()) == 3 * 7
+    assert any("LoRA" in type(m).__name__ for m in models["lora", "unmerged"].modules())
+    after = dict(model.model.named_parameters())
+    assert after.keys() == before.keys() and all(after[name] is weight for name, weight in before.items())
     assert torch.equal(tiny.logits(model.model), plain)
 
 
-def test_a_head_comes_back_after_merging() -> None:
+def test_a_merged_head_is_not_the_base_s() -> None:
     model = base(tiny.bert(), "sequence-classification")
     plain, head = tiny.logits(model.model), model.model.classifier
-    with passes.variant(model, {"lora": {"method": "lora"}}, ("lora", "merged")):
-        assert model.model.classifier is not head
+    models, _ = passes.models_of(model, {"lora": {"method": "lora"}})
+    assert models["lora", "merged"].classifier is not head
     assert model.model.classifier is head
     assert torch.equal(tiny.logits(model.model), plain)
 
@@ -361,11 +360,11 @@ def test_a_head_comes_back_after_merging() -> None:
 def test_trials_take_turns_and_end() -> None:
     model = base(tiny.llama())
     variants: dict[str, Any] = {"lora": {"method": "lora", "rank": 2}}
-    ways, _ = passes.ways_of(model, variants)
-    times = passes.interleaved(model, variants, ways, [(1, 8), (2, 8)], seconds=0.0, most=9)
+    models, _ = passes.models_of(model, variants)
+    times = passes.interleaved(model, models, [(1, 8), (2, 8)], seconds=0.0, most=9)
     assert {len(own) for own in times.values()} == {LEAST}
     assert {shape for _, shape in times} == {(1, 8)}  # there was no time for the larger one
-    more = passes.interleaved(model, variants, ways, [(1, 8), (2, 8)], seconds=60.0, most=7)
+    more = passes.interleaved(model, models, [(1, 8), (2, 8)], seconds=60.0, most=7)
     assert {len(own) for own in more.values()} == {7}
     assert all(t > 0 for own in more.values() for t in own)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loralab.adapters.adapter import Adapter
+from loralab.adapters.bases import shared_copy
 from loralab.adapters.folder import RECORD, TENSORS
 from loralab.adapters.load import load
 from loralab.errors import BaseMismatchWarning
@@ -38,6 +39,11 @@ def base_for(setup: StudySetup, precision: str = "", *, quantize: str = "none", 
     task, fields = rows_of(setup), setup.fields
     dtype = precision or str(fields.get("precision", "auto"))
     return load_base(setup.model, task, dtype, seed, quantize=quantize, image_size=fields.get("image_size")), task
+
+
+def copy_of(base: Base) -> Base:
+    """Return another model around the same weights, which cost nothing again."""
+    return replace(base, model=shared_copy(base.model))
 
 
 def put_on(base: Base, place: Path) -> Adapter:

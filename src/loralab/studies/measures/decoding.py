@@ -15,7 +15,7 @@ from torch import Tensor
 from loralab.models.load import Base
 from loralab.studies.measures.passes import batch_of
 from loralab.studies.measures.peaks import peak_since, reset_peak
-from loralab.studies.timing import affordable, timed, trials
+from loralab.studies.timing import affordable, in_turns, timed
 from loralab.tasks.forward import accepted, run
 from loralab.tasks.kinds.registry import kind_named
 from loralab.training.memory import held_bytes
@@ -24,28 +24,16 @@ PROMPT, TOKENS = 16, 3  # tokens that are read, and that are written, in one tri
 TEXT = 64  # tokens of a pass, for models that write nothing
 
 
-def _nothing(batch: int) -> None:
-    """Do what most variants need before a batch."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A model to time; `ready` is called with the number of rows before each batch."""
+    """A model to time; `ready`, if any, is called with the number of rows before each batch."""
 
     name: str
     model: Any
-    ready: Callable[[int], None] = _nothing
+    ready: Callable[[int], None] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timed:
-    """Seconds of one trial each: a token of every row, and reading the prompt."""
-
-    token: list[float]
-    prompt: list[float]
-
-
-Times = dict[tuple[str, int], Timed]
+Times = dict[tuple[Variant, int], list[tuple[float, float]]]
 
 
 def writes(base: Base) -> bool:
@@ -55,27 +43,22 @@ def writes(base: Base) -> bool:
 
 @torch.no_grad()
 def interleaved(base: Base, variants: Sequence[Variant], batches: Sequence[int], *, seconds: float, most: int) -> Times:
-    """Return the times of each variant and batch, one for each trial.
+    """Return for each variant and batch the seconds of the prompt and of a token, one pair for each trial.
 
     Larger batches for which the seconds would not do, judged by one trial, are left out.
     """
     inputs = {batch: inputs_for(base, batch) for batch in batches}
 
+    def spent(variant: Variant, batch: int) -> tuple[float, float]:
+        return once(base, variant, batch, inputs[batch])
+
     def estimated(batch: int) -> float:
-        runs = [partial(once, base, variant, batch, inputs[batch]) for variant in variants]
-        for run_once in runs:  # the first time builds kernels, and tells nothing of those that count
-            run_once()
-        return sum(timed(run_once)[1] for run_once in runs)
+        for variant in variants:  # the first time builds kernels, and tells nothing of those that count
+            spent(variant, batch)
+        return sum(timed(partial(spent, variant, batch))[1] for variant in variants)
 
     kept = affordable(batches, estimated, 4 * seconds + 1)
-    times: Times = {(v.name, b): Timed(token=[], prompt=[]) for v in variants for b in kept}
-    for order in trials(variants, seconds=seconds, most=most):
-        for batch in kept:
-            for variant in order:
-                prompt, token = once(base, variant, batch, inputs[batch])
-                times[variant.name, batch].token.append(token)
-                times[variant.name, batch].prompt.append(prompt)
-    return times
+    return in_turns(variants, kept, spent, seconds=seconds, most=most)
 
 
 def inputs_for(base: Base, batch: int) -> dict[str, Tensor]:
@@ -85,7 +68,8 @@ def inputs_for(base: Base, batch: int) -> dict[str, Tensor]:
 
 def once(base: Base, variant: Variant, batch: int, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
     """Return the seconds to read the prompt, and of a token (median); of a pass, twice, where none is written."""
-    variant.ready(batch)
+    if variant.ready is not None:
+        variant.ready(batch)
     if writes(base):
         prompt, tokens = decoded(variant.model, inputs["input_ids"])
         return prompt, float(np.median(tokens))

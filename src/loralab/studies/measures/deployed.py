@@ -15,19 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils.prune import L1Unstructured
 
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import is_conv1d, shared_copy
 from loralab.errors import LoralabError, ModelError
 from loralab.models.device import device_here
 from loralab.models.load import Base
 from loralab.models.quantize import QuantizedLinear, linear_layers, quantize
-from loralab.studies.measures.carried import adapter_folder, base_for, put_on
-from loralab.studies.measures.decoding import Times, Variant, inputs_for, interleaved, working_bytes, writes
+from loralab.studies.measures.carried import adapter_folder, base_for, copy_of, put_on
+from loralab.studies.measures.decoding import Variant, inputs_for, interleaved, working_bytes, writes
 from loralab.studies.measures.layers import put_weight
 from loralab.studies.measures.mixed_batch import Banked, Looped, as_large
 from loralab.studies.study import Record, Trial
-from loralab.studies.timing import in_turns, quickest
+from loralab.studies.timing import in_turns, quickest, timed
 from loralab.studies.trained import Tell, items_of, score
 from loralab.tasks.catalog import Task
 from loralab.tasks.forward import call
@@ -47,30 +49,22 @@ def measure_adapters(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Time the base, merged, unmerged and several adapters: {"adapters", "looped", "batches", ...}."""
     place, options = adapter_folder(trial, folder, tell), trial.arm.options
     base, task = base_for(trial.setup)
-    beside = put_on(replace(base, model=shared_copy(base.model)), place)
-    own = put_on(replace(base, model=shared_copy(base.model)), place)
+    beside, own = (put_on(copy_of(base), place) for _ in range(2))
     merged = Variant(name=MERGED, model=own.merge_and_detach().eval())
     unmerged = Variant(name=UNMERGED, model=beside.model.eval())
     variants, refused = [Variant(name=BASE, model=base.model), merged, unmerged], []
-    wanted = [(n, False) for n in options["adapters"]] + [(n, True) for n in options["looped"]]
-    size = sum(p.numel() * p.element_size() for p in beside.parameters())
-    numbers = {"adapter_bytes": float(size), "switch_seconds": switch_seconds(beside)}
-    for count, loops in wanted:
+    differences = {}
+    for count, loops in [(n, False) for n in options["adapters"]] + [(n, True) for n in options["looped"]]:
         name = named(count, loops)
         try:
-            if count * size > ROOM * available_bytes(device_here()):
-                raise ModelError(
-                    f"{count} adapters of {size / 1e6:.0f} MB do not fit into memory",
-                    code="out_of_memory",
-                    field="adapters",
-                )
-            found = several(base, unmerged, beside, count, loops)
-            numbers["routed_difference"] = max(numbers.get("routed_difference", 0.0), found[1])
-            variants.append(replace(found[0], name=name))
+            variant, differences[name] = several(base, unmerged, beside, count, loops)
+            variants.append(replace(variant, name=name))
         except LoralabError as error:
             refused.append({"variant": name, "reason": str(error)})
-    record = _record(trial, base, task, variants, (BASE, MERGED, UNMERGED), BASE)
-    return replace(record, numbers={**record.numbers, **numbers}, tables={**record.tables, "refused": refused})
+    numbers = {"adapter_bytes": float(_bytes_of(beside)), "switch_seconds": switch_seconds(beside)}
+    numbers |= {"routed_difference": max(differences.values())} if differences else {}
+    record = _record(trial, base, task, variants, (BASE, MERGED, UNMERGED))
+    return replace(record, numbers=numbers, tables={**record.tables, "refused": refused})
 
 
 def measure_smaller(trial: Trial, folder: Path, tell: Tell) -> Record:
@@ -79,42 +73,37 @@ def measure_smaller(trial: Trial, folder: Path, tell: Tell) -> Record:
     base, task = base_for(trial.setup, "fp32" if how == "int8" else "")
     base = replace(base, model=put_on(base, place).merge_and_detach().eval())
     other = Variant(name=trial.arm.name, model=SMALLER[how](base))
-    variants = [Variant(name=DENSE, model=base.model), other]
-    record = _record(trial, base, task, variants, (DENSE, other.name), DENSE)
+    record = _record(trial, base, task, [Variant(name=DENSE, model=base.model), other], (DENSE, other.name))
     ratio = sparse_ratio(other.model) if how == "pruned" else None
-    return record if ratio is None else replace(record, numbers={**record.numbers, "sparse_ratio": ratio})
+    return record if ratio is None else replace(record, numbers={"sparse_ratio": ratio})
 
 
-def _record(
-    trial: Trial, base: Base, task: Task, variants: Sequence[Variant], scored: Sequence[str], control: str
-) -> Record:
-    """Time all variants, weigh them, and score those that can be."""
+def _record(trial: Trial, base: Base, task: Task, variants: Sequence[Variant], scored: Sequence[str]) -> Record:
+    """Time all variants beside the first, weigh them, and score those that can be."""
     options = trial.arm.options
-    times = interleaved(
-        base, variants, options["batches"], seconds=float(options["seconds"]), most=int(options["trials"])
-    )
+    settings = {"seconds": float(options["seconds"]), "most": int(options["trials"])}
+    times = interleaved(base, variants, options["batches"], **settings)
     largest = max(batch for _, batch in times)
+    latency: list[dict[str, Any]] = []
+    for (variant, batch), own in times.items():
+        prompt, token = (list(seconds) for seconds in zip(*own, strict=True))
+        row = {"variant": variant.name, "batch": batch, "control": variants[0].name}
+        latency.append({**row, "seconds": token, "prompt": prompt})
     weights = [
         {"variant": v.name, "bytes": weight_bytes(v.model), "working": working_bytes(base, v, largest)}
         for v in variants
     ]
-    items, metric = {}, trial.setup.metric
-    for variant in (v for v in variants if v.name in scored):
-        scores = score(base, task, model=variant.model)
-        metric = metric or scores.main
-        items[variant.name] = items_of(scores, metric)
+    scores = {v.name: score(base, task, model=v.model) for v in variants if v.name in scored}
+    metric = trial.setup.metric or scores[scored[0]].main
     return trial.record(
-        items=items,
-        tables={"latency": _rows(times, control), "weights": weights},
+        items={name: items_of(own, metric) for name, own in scores.items()},
+        tables={"latency": latency, "weights": weights},
         texts={"metric": metric, "unit": "token" if writes(base) else "pass"},
     )
 
 
-def _rows(times: Times, control: str) -> list[dict[str, Any]]:
-    return [
-        {"variant": name, "batch": batch, "seconds": own.token, "prompt": own.prompt, "control": control}
-        for (name, batch), own in times.items()
-    ]
+def _bytes_of(adapter: Adapter) -> int:
+    return sum(p.numel() * p.element_size() for p in adapter.parameters())
 
 
 def named(count: int, loops: bool) -> str:
@@ -122,11 +111,17 @@ def named(count: int, loops: bool) -> str:
     return f"{count} {SEVERAL}, {LOOPED}" if loops else f"{count} {SEVERAL}"
 
 
-def several(base: Base, unmerged: Variant, adapter: Any, count: int, loops: bool) -> tuple[Variant, float]:
+def several(base: Base, unmerged: Variant, adapter: Adapter, count: int, loops: bool) -> tuple[Variant, float]:
     """Return a variant of several adapters, and how far it is from the trained one where all rows take it.
 
     The difference is the largest of the logits, over the largest logit.
+
+    Raises:
+        ModelError: they do not fit into memory.
     """
+    if count * _bytes_of(adapter) > ROOM * available_bytes(device_here()):
+        text = f"{count} adapters of {_bytes_of(adapter) / 1e6:.0f} MB do not fit into memory"
+        raise ModelError(text, code="out_of_memory", field="adapters")
     model = shared_copy(base.model)
     adapters = as_large(adapter, base.model, count)
     mixed = (Looped if loops else Banked)(model, adapters)
@@ -144,7 +139,7 @@ def several(base: Base, unmerged: Variant, adapter: Any, count: int, loops: bool
     return Variant(name="", model=model, ready=ready), difference
 
 
-def switch_seconds(adapter: Any) -> float:
+def switch_seconds(adapter: Adapter) -> float:
     """Return the seconds to merge an adapter and to take it out again, the quicker of two."""
     return quickest(lambda: (adapter.merge(), adapter.unmerge()), repeats=2)
 
@@ -170,9 +165,8 @@ def in_int8(base: Base) -> Any:
             wanted = dict.fromkeys((path for path, _ in layers), per_channel_dynamic_qconfig)
             return quantize_dynamic(model, wanted, dtype=torch.qint8, inplace=True)
         except (ImportError, AttributeError, RuntimeError) as error:
-            raise ModelError(
-                f"this torch has no dynamic int8 layers: {error}", code="no_kernel", field="values"
-            ) from None
+            text = f"this torch has no dynamic int8 layers: {error}"
+            raise ModelError(text, code="no_kernel", field="values") from None
 
 
 def in_nf4(base: Base) -> Any:
@@ -185,23 +179,10 @@ def in_nf4(base: Base) -> Any:
 
 def pruned(base: Base) -> Any:
     """Set the smaller half of each linear layer's weights to zero; they are dense matrices still."""
-    model = shared_copy(base.model)
+    model, half = shared_copy(base.model), L1Unstructured(SHARE)
     for layer in _inner(model):
-        put_weight(layer, without_smallest(layer.weight.detach(), SHARE))
+        put_weight(layer, half.prune(layer.weight.detach()))
     return model
-
-
-def without_smallest(weight: Tensor, share: float) -> Tensor:
-    """Return the weight with so many of its entries, those of least magnitude, set to zero."""
-    sizes = weight.float().abs().flatten()
-    count = int(share * sizes.numel())
-    if not count:
-        return weight.clone()
-    limit = sizes.kthvalue(count).values
-    drop = sizes < limit
-    ties = (sizes == limit).nonzero()[:, 0]  # as many of these as are still to go
-    drop[ties[: count - int(drop.sum())]] = True
-    return weight.masked_fill(drop.view(weight.shape), 0)
 
 
 SMALLER = {"int8": in_int8, "nf4": in_nf4, "pruned": pruned}
@@ -210,12 +191,8 @@ SMALLER = {"int8": in_int8, "nf4": in_nf4, "pruned": pruned}
 def _layers(base: Base) -> list[tuple[str, nn.Linear]]:
     found = list(linear_layers(base.model))
     if not found:
-        name = type(base.model).__name__
-        raise ModelError(
-            f"{name} has no nn.Linear layers beside its head; nothing to quantise",
-            code="no_linear_layers",
-            field="model",
-        )
+        text = f"{type(base.model).__name__} has no nn.Linear layers beside its head; nothing to quantise"
+        raise ModelError(text, code="no_linear_layers", field="model")
     return found
 
 
@@ -236,10 +213,12 @@ def sparse_ratio(model: Any) -> float | None:
         try:
             matrices = {"dense": dense, "sparse": dense.to_sparse_csr()}
             products = {name: partial(torch.matmul, matrix, x) for name, matrix in matrices.items()}
-            times = in_turns(products, seconds=math.inf, most=PRODUCTS)
+            times = in_turns(
+                list(products), [1], lambda way, _: timed(products[way])[1], seconds=math.inf, most=PRODUCTS
+            )
         except RuntimeError:
             return None
-    return float(np.median(times["sparse"]) / np.median(times["dense"]))
+    return float(np.median(times["sparse", 1]) / np.median(times["dense", 1]))
 
 
 def _inner(model: Any) -> list[Any]:

@@ -5,19 +5,19 @@ GPT-2 medium at three pairs of batch and length. Here all variants take turns (t
 what a merged model is: plain layers, without a trace of the adapter.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from loralab.errors import LoralabError
 from loralab.models.load import Base
-from loralab.studies.budgets import Fields, attached, put_on
-from loralab.studies.measures.carried import base_for
+from loralab.studies.budgets import Fields, put_on
+from loralab.studies.measures.carried import base_for, copy_of
 from loralab.studies.study import Record, Trial
-from loralab.studies.timing import affordable, quickest, trials
+from loralab.studies.timing import affordable, in_turns, quickest
 from loralab.studies.trained import Tell
 from loralab.tasks.forward import accepted, run
 from loralab.tasks.kinds.registry import kind_named
@@ -31,17 +31,16 @@ PLAIN, MERGED, UNMERGED = "base", "merged", "unmerged"
 
 Shape = tuple[int, int]
 Way = tuple[str, str]  # name of a variant, and one of PLAIN, MERGED, UNMERGED
-Times = dict[tuple[Way, Shape], list[float]]
 
 
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Time the variants that the arm's options name: {"variants": {name: fields}}."""
     options, (base, _) = trial.arm.options, base_for(trial.setup)
     variants: Mapping[str, Fields] = options["variants"]
-    ways, refused = ways_of(base, variants)
+    models, refused = models_of(base, variants)
     prefix = max((int(own.get("tokens", 0)) for own in variants.values()), default=0)
     shapes = shapes_of(base, prefix)
-    times = interleaved(base, variants, ways, shapes, seconds=float(options["seconds"]), most=int(options["trials"]))
+    times = interleaved(base, models, shapes, seconds=float(options["seconds"]), most=int(options["trials"]))
     rows = [
         {"variant": way[0], "state": way[1], "batch": shape[0], "length": shape[1], "seconds": own}
         for (way, shape), own in times.items()
@@ -49,18 +48,19 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     return trial.record(tables={"passes": rows, "refused": refused})
 
 
-def ways_of(base: Base, variants: Mapping[str, Fields]) -> tuple[list[Way], list[dict[str, str]]]:
-    """Return all that is timed: the base, each variant, and merged too where it can be."""
-    ways: list[Way] = [(PLAIN, PLAIN)]
+def models_of(base: Base, variants: Mapping[str, Fields]) -> tuple[dict[Way, Any], list[dict[str, str]]]:
+    """Return all that is timed, around the base's own weights: the base, each variant, and merged too where it can."""
+    models: dict[Way, Any] = {(PLAIN, PLAIN): base.model}
     refused = []
     for name, fields in variants.items():
         try:
-            with attached(base, fields) as adapter:
-                ways += [(name, MERGED)] if adapter.can_merge else []
-                ways.append((name, UNMERGED))
+            adapter = put_on(copy_of(base), fields)
+            if adapter.can_merge:
+                models[name, MERGED] = put_on(copy_of(base), fields).merge_and_detach()
+            models[name, UNMERGED] = adapter.model
         except LoralabError as error:
             refused.append({"variant": name, "reason": str(error)})
-    return ways, refused
+    return models, refused
 
 
 def shapes_of(base: Base, prefix: int) -> list[Shape]:
@@ -73,14 +73,8 @@ def shapes_of(base: Base, prefix: int) -> list[Shape]:
 
 @torch.no_grad()
 def interleaved(
-    base: Base,
-    variants: Mapping[str, Fields],
-    ways: Sequence[Way],
-    shapes: Sequence[Shape],
-    *,
-    seconds: float,
-    most: int,
-) -> Times:
+    base: Base, models: Mapping[Way, Any], shapes: Sequence[Shape], *, seconds: float, most: int
+) -> dict[tuple[Way, Shape], list[float]]:
     """Return times of each way and shape, one for each trial: at least LEAST, at most `most` trials.
 
     Shapes for which the seconds would not do, judged by one pass of the base, are left out; the
@@ -91,54 +85,21 @@ def interleaved(
 
     def estimated(shape: Shape) -> float:
         repeats, warm = settings[shape]
-        return len(ways) * (repeats + warm) * one_pass(base, batches[shape], 1, warm)
+        return len(models) * (repeats + warm) * one_pass(base.model, batches[shape], 1, warm)
 
-    kept = affordable(settings, estimated, 2 * seconds)
-    times: Times = {(way, shape): [] for way in ways for shape in kept}
-    for order in trials(ways, seconds=seconds, most=most):
-        for way in order:
-            with variant(base, variants, way):
-                for shape in kept:
-                    times[way, shape].append(one_pass(base, batches[shape], *settings[shape]))
-    return times
+    def once(way: Way, shape: Shape) -> float:
+        return one_pass(models[way], batches[shape], *settings[shape])
+
+    return in_turns(list(models), affordable(settings, estimated, 2 * seconds), once, seconds=seconds, most=most)
 
 
-@contextmanager
-def variant(base: Base, variants: Mapping[str, Fields], way: Way) -> Iterator[None]:
-    """Put the model in one of the ways, for a while; merged is without the adapter's modules."""
-    name, state = way
-    if state == PLAIN:
-        yield
-    elif state == MERGED:
-        with _restored(base.model):
-            put_on(base, variants[name]).merge_and_detach()
-            yield
-    else:
-        with attached(base, variants[name]):
-            yield
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put every module and every weight back where it was; none of them may be written to."""
-    children = [(m, name, child) for m in model.modules() for name, child in m.named_children()]
-    weights = [(m, name, p) for m in model.modules() for name, p in m._parameters.items()]
-    try:
-        yield
-    finally:
-        for module, name, child in children:
-            setattr(module, name, child)
-        for module, name, parameter in weights:
-            module.register_parameter(name, parameter)
-
-
-def one_pass(base: Base, batch: Mapping[str, Tensor], repeats: int, warm: int) -> float:
+def one_pass(model: Any, batch: Mapping[str, Tensor], repeats: int, warm: int) -> float:
     """Return the seconds of one forward pass, the quickest of some, after some that are not timed.
 
     Of a language model only the last logits are made, as for the next token.
     """
-    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted(base.model) else {}
-    return quickest(lambda: run(base.model, batch, **options), repeats, warm)
+    options = {"logits_to_keep": 1} if "logits_to_keep" in accepted(model) else {}
+    return quickest(lambda: run(model, batch, **options), repeats, warm)
 
 
 def batch_of(base: Base, shape: Shape) -> dict[str, Tensor]:

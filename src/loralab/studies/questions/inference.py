@@ -8,10 +8,11 @@ from loralab.models.load import Base
 from loralab.studies.evidence import claim
 from loralab.studies.measures.carried import REFERENCE
 from loralab.studies.measures.deployed import BASE, DENSE, LOOPED, MEASURE_ADAPTERS, MEASURE_SMALLER, MERGED, UNMERGED
-from loralab.studies.message import Chart, Column, Message, Table, clauses, sentences
-from loralab.studies.readings.deployments import Deployed, Way, adapters_of, deployed_of
+from loralab.studies.measures.passes import Way
+from loralab.studies.message import Chart, Column, Message, Table, clauses, columns, sentences
+from loralab.studies.readings.deployments import Deployed, adapters_of, deployed_of
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.timing import Overhead, time_range
+from loralab.studies.timing import Overhead
 from loralab.studies.trained import MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -87,10 +88,9 @@ def _at(timed: Deployed, way: Way | None) -> Message:
 
 def _sentence(timed: Deployed) -> Message:
     """Say merged, unmerged, then what is quicker at all."""
-    first = timed.batches[0]
-    merged, unmerged = (timed.over(timed.named(name), first) for name in (MERGED, UNMERGED))
+    first, merged, unmerged = timed.batches[0], timed.at_first(MERGED), timed.at_first(UNMERGED)
     others = [way for way in timed.ways if way[1] not in (MERGED, UNMERGED) and timed.is_quicker(way)]
-    quicker = [_quicker(timed, way, over) for way in others if (over := timed.over(way, first))]
+    quicker = [_quicker(timed, way, over) for way in others if (over := timed.at_first(way))]
     parts = []
     if merged is not None:
         parts.append(Message(f"inference.merged_{merged.verdict}", batch=first, **merged.values))
@@ -116,7 +116,7 @@ def _time_findings(timed: Deployed) -> list[Finding]:
     """Compare every way with its control, at the smallest and at the largest batch."""
     findings = []
     for way in timed.ways:
-        names = {"way": called(way), "control": called(timed.control[way[0]]), "each": _each(timed)}
+        names = {"way": called(way), "control": called(timed.against(way)), "each": _each(timed)}
         for batch in sorted({min(timed.times[way]), max(timed.times[way])}):
             if over := timed.over(way, batch):
                 sentence = Message(f"inference.takes_{over.verdict}", batch=batch, **names, **over.values)
@@ -126,9 +126,11 @@ def _time_findings(timed: Deployed) -> list[Finding]:
 
 def _score_findings(timed: Deployed) -> list[Finding]:
     """Compare the scores of every way and its control, row by row."""
-    changes = {way: change for way in timed.scored if (change := timed.score_change(way)) is not None}
-    controls = {way: called(timed.control[way[0]]) for way in changes}
-    return [claim(change, timed.metric, names=(called(way), controls[way])) for way, change in changes.items()]
+    return [
+        claim(change, timed.metric, names=(called(way), called(timed.against(way))))
+        for way in timed.scored
+        if (change := timed.score_change(way)) is not None
+    ]
 
 
 def _speed(timed: Deployed) -> Message:
@@ -164,18 +166,15 @@ def _others(timed: Deployed) -> Message:
 
 
 def _other(timed: Deployed, way: Way) -> Message:
-    control = timed.control[way[0]]
-    score, was = (timed.score(each) for each in (way, control))
+    control = timed.against(way)
+    scores = {"score": timed.score(way), "was": timed.score(control)}
     held = {"weights": timed.weight(way), "dense": timed.weight(control)}
-    return Message(
-        "inference.other", way=called(way), at=_at(timed, way), metric=timed.metric.text, score=score, was=was, **held
-    )
+    return Message("inference.other", way=called(way), at=_at(timed, way), metric=timed.metric.text, **scores, **held)
 
 
 def _view(timed: Deployed) -> Message:
     """Fill in a view that follows from the verdicts."""
-    first = timed.batches[0]
-    merged, unmerged = (timed.over(timed.named(name), first) for name in (MERGED, UNMERGED))
+    first, merged, unmerged = timed.batches[0], timed.at_first(MERGED), timed.at_first(UNMERGED)
     quick = [called(way) for way in timed.smaller if timed.is_quicker(way)]
     parts = []
     if merged is not None:
@@ -190,16 +189,11 @@ def _view(timed: Deployed) -> Message:
 def _times_table(timed: Deployed) -> Table:
     """Return the times of every way at every batch, and how they stand to the control's."""
     rows = [
-        {"variant": called(way), **{f"batch_{b}": _timed(timed, way, b) for b in batches}}
+        {"variant": called(way), **{f"batch_{b}": timed.cell(way, b) for b in batches}}
         for way, batches in timed.times.items()
     ]
-    columns = [Column(f"batch_{b}", label=Message("inference.batch", batch=b)) for b in timed.batches]
-    return Table(title=Message("inference.times", each=_each(timed)), columns=[Column("variant"), *columns], rows=rows)
-
-
-def _timed(timed: Deployed, way: Way, batch: int) -> Message:
-    seconds, over = timed.times[way][batch], timed.over(way, batch)
-    return clauses([time_range(seconds), over.change if over and way != timed.control[way[0]] else None])
+    shown = [Column(f"batch_{b}", label=Message("inference.batch", batch=b)) for b in timed.batches]
+    return Table(title=Message("inference.times", each=_each(timed)), columns=[Column("variant"), *shown], rows=rows)
 
 
 def _costs_table(timed: Deployed) -> Table:
@@ -210,25 +204,24 @@ def _costs_table(timed: Deployed) -> Table:
             **{f"rate_{b}": b / timed.middle(way, b) for b in timed.batches},
             "weight_bytes": timed.weight(way),
             "working_bytes": timed.weight(way, "working"),
-            "prompt_seconds": timed.prompt(way),
+            "prompt_seconds": timed.prompts.get(way),
             "score": timed.score(way),
         }
         for way in timed.times
     ]
     rates = [Column(f"rate_{b}", "count", Message(f"inference.{timed.counted}_at", batch=b)) for b in timed.batches]
-    costs = (Column("weight_bytes", "bytes"), Column("working_bytes", "bytes"), Column("prompt_seconds", "seconds"))
+    costs = columns("weight_bytes:bytes", "working_bytes:bytes", "prompt_seconds:seconds")
     score = Column("score", label=Message("axis.score", metric=timed.metric.text))
     return Table(title=Message("inference.costs"), columns=[Column("variant"), *rates, *costs, score], rows=rows)
 
 
 def _charts(timed: Deployed) -> list[Chart]:
     """Return what every way adds to its control, and what it gives a second."""
-    pairs = [(way, batch) for way, batches in timed.times.items() for batch in batches]
-    over = {(way, batch): timed.over(way, batch) for way, batch in pairs if way in timed.ways}
-    added = [{"arm": called(w), "value": o.share, "group": str(b)} for (w, b), o in over.items() if o is not None]
-    rates = [{"arm": called(w), "value": b / timed.middle(w, b), "group": str(b)} for w, b in pairs]
-    variant, batch = Message("column.variant"), Message("axis.batch")
-    title, y = Message("inference.added_chart"), Message("axis.more_time")
-    first = [Chart("bars", "inference-latency", title, added, variant, y, batch, {"percent": True})] if added else []
-    rate = Message(f"axis.{timed.counted}_per_second")
-    return [*first, Chart("bars", "inference-throughput", Message("inference.rate_chart"), rates, variant, rate, batch)]
+    variant, batch, rate = Message("column.variant"), Message("axis.batch"), Message(f"axis.{timed.counted}_per_second")
+    rates = [
+        {"arm": called(way), "value": rows / timed.middle(way, rows), "group": str(rows)}
+        for way, batches in timed.times.items()
+        for rows in batches
+    ]
+    added = timed.chart("inference-latency", Message("inference.added_chart"), batch, called, str)
+    return [*added, Chart("bars", "inference-throughput", Message("inference.rate_chart"), rates, variant, rate, batch)]

@@ -10,31 +10,26 @@ import numpy as np
 from loralab.studies.contrast import CONFIDENCE, Contrast
 from loralab.studies.evidence import Metric, metric_of
 from loralab.studies.measures.deployed import DENSE, LOOPED, MERGED, SEVERAL, UNMERGED
+from loralab.studies.measures.passes import Way
 from loralab.studies.message import Message
+from loralab.studies.readings.latencies import Timings
 from loralab.studies.statistics import difference
 from loralab.studies.study import Record, StudySetup
-from loralab.studies.timing import Overhead, overhead
-
-Way = tuple[str, str]  # the arm that holds it, and the variant
-Times = dict[Way, dict[int, Sequence[float]]]  # seconds of each trial, by batch
+from loralab.studies.timing import Overhead
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deployed:
-    """Times, weights and scores by way, and each way's control.
+class Deployed(Timings):
+    """Times by way and batch, weights and scores by way; a way is the arm that holds it, and the variant.
 
     Attributes:
         times: of a token, or of a pass of models that write no text (`unit`).
-        prompts: of reading the prompt.
-        refused: variants that could not be measured, and why.
+        prompts: of reading the prompts of the smallest batch, the median.
     """
 
-    times: Times
-    prompts: Times
-    control: Mapping[str, Way]
+    prompts: Mapping[Way, float]
     weights: Mapping[Way, Mapping[str, Any]]
     items: Mapping[Way, Sequence[float]]
-    refused: Mapping[str, str]
     numbers: Mapping[str, float]
     metric: Metric
     unit: str
@@ -42,12 +37,12 @@ class Deployed:
     @property
     def ways(self) -> list[Way]:
         """Return all that has a control to stand against."""
-        return [way for way in self.times if way != self.control[way[0]]]
+        return [way for way in self.times if way != self.against(way)]
 
     @property
     def smaller(self) -> list[Way]:
         """Return the models made smaller, which stand in trials of their own."""
-        return [way for way in self.ways if self.control[way[0]][1] == DENSE]
+        return [way for way in self.ways if self.against(way)[1] == DENSE]
 
     @property
     def counted(self) -> str:
@@ -68,23 +63,7 @@ class Deployed:
         """Return the way of a variant, where it was timed."""
         return next((way for way in self.times if way[1] == name), None)
 
-    def middle(self, way: Way | None, batch: int) -> float:
-        """Return the median time; not a number where there is none."""
-        return _median(self.times, way, batch)
-
-    def prompt(self, way: Way) -> float:
-        """Return the median time of reading the prompts of the smallest batch."""
-        return _median(self.prompts, way, self.batches[0])
-
-    def over(self, way: Way | None, batch: int, than: Way | None = None) -> Overhead | None:
-        """Return how much longer a way takes than its control, or than another way."""
-        if way is None:
-            return None
-        ours = self.times[way].get(batch)
-        theirs = self.times.get(than or self.control[way[0]], {}).get(batch)
-        return overhead(ours, theirs, self._confidence(len(ours))) if ours and theirs else None
-
-    def _confidence(self, trials: int) -> float:
+    def confidence(self, trials: int) -> float:
         """Share one chance of error among all comparisons, as far as so many trials can be as sure.
 
         The widest interval of a median goes from the least to the largest value, and misses with
@@ -94,24 +73,26 @@ class Deployed:
         wanted = chance / max(1, sum(min(2, len(self.times[way])) for way in self.ways))
         return 1 - min(chance, max(wanted, 1.0001 * 2.0 ** (1 - trials)))
 
+    def at_first(self, way: Way | str) -> Overhead | None:
+        """Return how much longer a way, or the way of a variant, takes than its control at the smallest batch."""
+        return self.over(self.named(way) if isinstance(way, str) else way, self.batches[0])
+
     def is_quicker(self, way: Way) -> bool:
         """Tell whether a way is quicker than its control at the smallest batch."""
-        found = self.over(way, self.batches[0])
+        found = self.at_first(way)
         return found is not None and found.verdict == "better"
 
     @property
     def scored(self) -> list[Way]:
         """Return the ways whose rows can be compared with their control's."""
-        sizes = {
-            way: (len(self.items.get(way, ())), len(self.items.get(self.control[way[0]], ()))) for way in self.ways
-        }
-        return [way for way, (ours, theirs) in sizes.items() if ours == theirs >= 2]
+        pairs = {way: [len(self.items.get(own, ())) for own in (way, self.against(way))] for way in self.ways}
+        return [way for way, (ours, theirs) in pairs.items() if ours == theirs >= 2]
 
     def score_change(self, way: Way) -> Contrast | None:
         """Compare the score of a way with its control's, row by row; None where rows have no scores."""
         if way not in self.scored:
             return None
-        ours, theirs = self.items[way], self.items[self.control[way[0]]]
+        ours, theirs = self.items[way], self.items[self.against(way)]
         margin = self.metric.margin_at(abs(float(np.mean(theirs))))
         return difference([ours], [theirs], comparisons=len(self.scored), margin=margin)
 
@@ -146,18 +127,15 @@ class Deployed:
 def deployed_of(records: Sequence[Record], setup: StudySetup) -> Deployed:
     """Return what the records hold; nothing where nothing was timed."""
     timed = [record for record in records if record.tables.get("latency")]
-    times: Times = {}
-    prompts: Times = {}
-    control: dict[str, Way] = {}
-    for arm, row in ((record.arm.name, row) for record in timed for row in record.tables["latency"]):
-        way = (arm, row["variant"])
+    rows = [((r.arm.name, row["variant"]), row) for r in timed for row in r.tables["latency"]]
+    times: dict[Way, dict[int, Sequence[float]]] = {}
+    for way, row in rows:
         times.setdefault(way, {})[row["batch"]] = row["seconds"]
-        prompts.setdefault(way, {})[row["batch"]] = row["prompt"]
-        control[arm] = (arm, row["control"])
+    smallest = min((row["batch"] for _, row in rows), default=None)
     return Deployed(
         times=times,
-        prompts=prompts,
-        control=control,
+        prompts={way: float(np.median(row["prompt"])) for way, row in rows if row["batch"] == smallest},
+        control={arm: (arm, row["control"]) for (arm, _), row in rows},
         weights={(r.arm.name, row["variant"]): row for r in timed for row in r.tables.get("weights", ())},
         items={(r.arm.name, name): values for r in timed for name, values in r.items.items()},
         refused={row["variant"]: row["reason"] for r in timed for row in r.tables.get("refused", ())},
@@ -170,8 +148,3 @@ def deployed_of(records: Sequence[Record], setup: StudySetup) -> Deployed:
 def adapters_of(way: Way) -> int:
     """Return how many adapters a way of several holds."""
     return int(way[1].split()[0])
-
-
-def _median(times: Times, way: Way | None, batch: int) -> float:
-    found = times.get(way, {}).get(batch) if way is not None else None
-    return float(np.median(found)) if found else math.nan

@@ -1,11 +1,13 @@
-"""Timed forward passes read from records, beside the base and beside the LoRA paper's Table 1."""
+"""Times read from records, each beside another's; forward passes beside the LoRA paper's Table 1."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from loralab.studies.contrast import CONFIDENCE
 from loralab.studies.measures.passes import MERGED, PLAIN, Shape, Way
 from loralab.studies.message import Chart, Column, Message, Table, clauses
 from loralab.studies.study import Finding, Record
@@ -17,11 +19,63 @@ PAPER = {"houlsby": (0.303, 0.084, 0.030), "pfeiffer": (0.207, 0.050, 0.022)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latencies:
-    """Seconds of one pass, by way and shape, one for each trial."""
+class Timings:
+    """Seconds by way and shape, one for each trial, and what each way stands against.
 
-    times: Mapping[Way, Mapping[Shape, Sequence[float]]]
+    Attributes:
+        refused: variants that could not be timed, and why.
+        control: by a way's first name; the base where there is none.
+    """
+
+    times: Mapping[Way, Mapping[Any, Sequence[float]]]
     refused: Mapping[str, str]
+    control: Mapping[str, Way] = field(default_factory=dict)
+
+    def against(self, way: Way) -> Way:
+        """Return what a way stands against."""
+        return self.control.get(way[0], BASE)
+
+    def confidence(self, trials: int) -> float:
+        """Return how sure an interval shall be; each is one of its own here."""
+        return CONFIDENCE
+
+    def over(self, way: Way | None, shape: Any, than: Way | None = None) -> Overhead | None:
+        """Return how much longer a way takes than what it stands against, or than another; None if not timed."""
+        if way is None:
+            return None
+        ours, theirs = (self.times.get(own, {}).get(shape) for own in (way, than or self.against(way)))
+        return overhead(ours, theirs, self.confidence(len(ours))) if ours and theirs else None
+
+    def middle(self, way: Way | None, shape: Any) -> float:
+        """Return the median time; not a number where there is none."""
+        found = self.times.get(way, {}).get(shape) if way is not None else None
+        return float(np.median(found)) if found else math.nan
+
+    def cell(self, way: Way, shape: Any) -> Message:
+        """Write the range of a time, and what it is beyond the time that it stands against."""
+        over = None if way == self.against(way) else self.over(way, shape)
+        return clauses([time_range(self.times[way][shape]), over and over.change])
+
+    def chart(
+        self, name: str, title: Message, by: Message, called: Callable[[Way], Any], written: Callable[[Any], str]
+    ) -> list[Chart]:
+        """Return what every way adds at every shape, as a share of what it stands against.
+
+        Args:
+            called, written: name a way and a shape.
+        """
+        pairs = [(way, shape) for way, own in self.times.items() if way != self.against(way) for shape in own]
+        rows = [
+            {"arm": called(way), "value": over.share, "group": written(shape)}
+            for way, shape in pairs
+            if (over := self.over(way, shape)) is not None
+        ]
+        x, y = Message("column.variant"), Message("axis.more_time")
+        return [Chart("bars", name, title, rows, x, y, by, {"percent": True})] if rows else []
+
+
+class Latencies(Timings):
+    """Seconds of one forward pass, beside the base's."""
 
     @staticmethod
     def of(records: Sequence[Record]) -> "Latencies":
@@ -43,11 +97,6 @@ class Latencies:
         """Return the ways that were timed at the smallest shape, the base left out; of one variant or of all."""
         known = [way for way, times in self.times.items() if way != BASE and self.shapes and self.shapes[0] in times]
         return [way for way in known if variant is None or way[0] == variant]
-
-    def over(self, way: Way, shape: Shape, than: Way = BASE) -> Overhead | None:
-        """Return how much longer a way takes than another; None if it was not timed."""
-        ours, theirs = self.times.get(way, {}).get(shape), self.times.get(than, {}).get(shape)
-        return overhead(ours, theirs) if ours and theirs else None
 
     def growth(self, way: Way) -> Overhead | None:
         """Return the overhead of the largest shape less that of the smallest; None if one was not timed."""
@@ -77,9 +126,8 @@ def in_short(times: Latencies, variant: str) -> Message:
     """Write the latency of a variant at the smallest shape, in every way that it has."""
     parts = []
     for way in times.ways(variant):
-        over = times.over(way, times.shapes[0])
-        middle = float(np.median(times.times[way][times.shapes[0]]))
-        time = Message("methods.time", seconds=middle, share=None if over is None else over.share)
+        over, seconds = times.over(way, times.shapes[0]), times.middle(way, times.shapes[0])
+        time = Message("methods.time", seconds=seconds, share=over and over.share)
         parts.append(Message(f"methods.time_{way[1]}", time=time) if (variant, MERGED) in times.times else time)
     return clauses(parts) if parts else Message("answer.not_measured")
 
@@ -106,41 +154,24 @@ def pass_table(times: Latencies) -> list[Table]:
     columns = [Column(name, label=Message("column.pass_shape", shape=name)) for name in names]
     rows = []
     for way, by_shape in times.times.items():
-        cells = {format_shape(shape): _timed(times, way, shape) for shape in times.shapes if shape in by_shape}
+        cells = {format_shape(shape): times.cell(way, shape) for shape in times.shapes if shape in by_shape}
         shares = next((shares for method, shares in PAPER.items() if way[0].startswith(method)), None)
         paper = shares and Message("methods.paper", small=shares[0], middle=shares[1], large=shares[2])
         rows.append({"variant": times.name(way), **cells, "paper": paper})
     return [Table(title=Message("table.passes"), columns=(Column("variant"), *columns, Column("paper")), rows=rows)]
 
 
-def _timed(times: Latencies, way: Way, shape: Shape) -> Message:
-    trials = times.times[way][shape]
-    over = None if way == BASE else times.over(way, shape)
-    return clauses([time_range(trials), None if over is None else over.change])
-
-
 def pass_chart(times: Latencies) -> list[Chart]:
     """Return what every way adds to a pass of the base."""
-    rows = [
-        {"arm": times.name(way), "value": over.share, "group": format_shape(shape)}
-        for way in times.ways()
-        for shape in times.shapes
-        if (over := times.over(way, shape)) is not None
-    ]
-    title, x, y, by = map(Message, ("methods.latency_chart", "column.variant", "axis.more_time", "methods.shape"))
-    return [Chart("bars", "latency", title, rows, x, y, by, {"percent": True})] if rows else []
+    title, by = Message("methods.latency_chart"), Message("methods.shape")
+    return times.chart("latency", title, by, times.name, format_shape)
 
 
 def pass_findings(times: Latencies) -> list[Finding]:
     """Compare every way with the base at the smallest shape, where it costs most."""
+    overs = {way: over for way in times.ways() if (over := times.over(way, times.shapes[0])) is not None}
+    shared = {"shape": format_shape(times.shapes[0]), "margin": MARGIN} if overs else {}
     return [
-        _finding(times.name(way), times.shapes[0], over)
-        for way in times.ways()
-        if (over := times.over(way, times.shapes[0])) is not None
+        over.finding(Message(f"methods.pass_{over.verdict}", way=times.name(way), **shared, **over.values))
+        for way, over in overs.items()
     ]
-
-
-def _finding(way: Message | str, shape: Shape, over: Overhead) -> Finding:
-    """Say an overhead; as an effect, less time is more."""
-    values = {"shape": format_shape(shape), "way": way, "margin": MARGIN, **over.values}
-    return over.finding(Message(f"methods.pass_{over.verdict}", **values))
