@@ -38,8 +38,10 @@ def test_the_quickest_repeat_counts_and_warming_up_does_not() -> None:
 def test_an_overhead_is_that_of_the_trials() -> None:
     base = [1.0 + n / 100 for n in range(12)]
     slower = timing.overhead([1.2 * t for t in base], base)
-    assert slower.share == pytest.approx(0.2)
-    assert slower.low <= slower.share <= slower.high
+    assert slower.estimate == pytest.approx(-0.2)
+    assert slower.low <= slower.estimate <= slower.high
+    share = timing.added(slower)
+    assert share["low"] <= share["share"] == share["size"] == -slower.estimate <= share["high"]
     assert (slower.verdict, slower.holds) == ("worse", True)
     assert timing.overhead([0.8 * t for t in base], base).verdict == "better"
 
@@ -56,7 +58,7 @@ def test_times_within_five_percent_are_equivalent_and_noisy_ones_undecided() -> 
 
 def test_growth_is_the_difference_of_two_overheads() -> None:
     found = timing.growth(([1.1] * 12, [1.5] * 12), ([1.0] * 12, [1.0] * 12))
-    assert found.share == pytest.approx(0.4)
+    assert found.estimate == pytest.approx(-0.4)
     assert found.verdict == "worse"
 
 

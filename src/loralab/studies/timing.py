@@ -7,21 +7,21 @@ slows all of them; ways are compared trial by trial.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from loralab.studies.contrast import CONFIDENCE, Contrast, Verdict
+from loralab.studies.contrast import CONFIDENCE, Contrast
 from loralab.studies.message import Message
 from loralab.studies.statistics import median_contrast
-from loralab.studies.study import Finding
 
 LEAST = 6  # trials: with fewer no interval of a median reaches 95 %
 MARGIN = 0.05  # of a time: a smaller difference does not matter
 
-T, W, R = TypeVar("T"), TypeVar("W"), TypeVar("R")
+T = TypeVar("T")
+Way = TypeVar("Way")
+Shape = TypeVar("Shape")
 
 
 def trials(ways: Sequence[T], *, seconds: float, most: int) -> Iterator[list[T]]:
@@ -34,10 +34,10 @@ def trials(ways: Sequence[T], *, seconds: float, most: int) -> Iterator[list[T]]
 
 
 def in_turns(
-    ways: Sequence[W], shapes: Sequence[T], once: Callable[[W, T], R], *, seconds: float, most: int
-) -> dict[tuple[W, T], list[R]]:
+    ways: Sequence[Way], shapes: Sequence[Shape], once: Callable[[Way, Shape], T], *, seconds: float, most: int
+) -> dict[tuple[Way, Shape], list[T]]:
     """Return what `once` gives for each way and shape, such as seconds, in each of the trials."""
-    found: dict[tuple[W, T], list[R]] = {(way, shape): [] for way in ways for shape in shapes}
+    found: dict[tuple[Way, Shape], list[T]] = {(way, shape): [] for way in ways for shape in shapes}
     for order in trials(ways, seconds=seconds, most=most):
         for shape in shapes:
             for way in order:
@@ -87,65 +87,29 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Overhead:
-    """The time that one way takes beyond another.
-
-    Attributes:
-        share: of the other's time, the median over trials.
-        low, high: its interval, from order statistics; not a number where trials are too few.
-        verdict: worse where it takes longer, equivalent within MARGIN.
-    """
-
-    share: float
-    low: float
-    high: float
-    verdict: Verdict
-
-    @property
-    def holds(self) -> bool:
-        """Tell whether one way is quicker."""
-        return self.verdict in ("better", "worse")
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Return what sentences on it say."""
-        return {"size": abs(self.share), "share": self.share, "low": self.low, "high": self.high}
-
-    @property
-    def text(self) -> Message:
-        """Say it, as in "batch 1: 40 % longer"."""
-        return Message(f"overhead.{self.verdict}", **self.values)
-
-    @property
-    def change(self) -> Message:
-        """Write it as a change, with its interval where there is one."""
-        return Message("overhead.alone" if math.isnan(self.low) else "overhead.interval", **self.values)
-
-    def finding(self, sentence: Message) -> Finding:
-        """Return a sentence with the verdict on which it stands; less time is better."""
-        return Finding(
-            sentence=sentence,
-            holds=self.holds,
-            verdict=self.verdict,
-            effect=-self.share,
-            low=-self.high,
-            high=-self.low,
-        )
-
-    @staticmethod
-    def of(saved: Contrast) -> "Overhead":
-        """Return a share of time that is saved as one that is added."""
-        return Overhead(share=-saved.estimate, low=-saved.high, high=-saved.low, verdict=saved.verdict)
-
-
-def overhead(ours: Sequence[float], theirs: Sequence[float], confidence: float = CONFIDENCE) -> Overhead:
-    """Return how much longer ours takes than theirs, trial by trial."""
+def overhead(ours: Sequence[float], theirs: Sequence[float], confidence: float = CONFIDENCE) -> Contrast:
+    """Compare times trial by trial: the median share of theirs that ours saves; what is negative is added."""
     saved = 1 - np.asarray(ours, dtype=float) / np.asarray(theirs, dtype=float)
-    return Overhead.of(median_contrast(saved.tolist(), margin=MARGIN, confidence=confidence))
+    return median_contrast(saved.tolist(), margin=MARGIN, confidence=confidence)
 
 
-def growth(ours: tuple[Sequence[float], Sequence[float]], theirs: tuple[Sequence[float], Sequence[float]]) -> Overhead:
-    """Return by how much the overhead of the second shape is larger than that of the first."""
+def growth(ours: tuple[Sequence[float], Sequence[float]], theirs: tuple[Sequence[float], Sequence[float]]) -> Contrast:
+    """Compare the overhead of the second shape with that of the first; a larger one counts as worse."""
     small, large = (np.asarray(a, dtype=float) / np.asarray(b, dtype=float) for a, b in zip(ours, theirs, strict=True))
-    return Overhead.of(median_contrast((small - large).tolist(), margin=MARGIN))
+    return median_contrast((small - large).tolist(), margin=MARGIN)
+
+
+def added(saved: Contrast) -> dict[str, float]:
+    """Return what sentences on an overhead say: the share that is added, with its interval, and its size."""
+    share, low, high = -saved.estimate, -saved.high, -saved.low
+    return {"size": abs(share), "share": share, "low": low, "high": high}
+
+
+def longer(saved: Contrast) -> Message:
+    """Say an overhead, as in "40 % longer"."""
+    return Message(f"overhead.{saved.verdict}", **added(saved))
+
+
+def change(saved: Contrast) -> Message:
+    """Write an overhead as a change, with its interval where there is one."""
+    return Message("overhead.alone" if math.isnan(saved.low) else "overhead.interval", **added(saved))

@@ -162,7 +162,7 @@ def scored(trial: Trial, run: Run, folder: Path) -> Record:
             "loss": [-loss for loss in test.row_losses],
             "validation": items_of(run.scores["validation"], metric),
             "validation_loss": list(run.scores["validation"].row_losses),
-            **({"majority": majority(run.task)} if metric == "accuracy" else {}),
+            **_majority_at(metric, run.task),
             **general.items,
         },
         series={"loss": losses, "grad_norm": [float(e["grad_norm"]) for e in events]},
@@ -176,6 +176,11 @@ def majority(task: Task) -> list[float]:
         return []
     commonest = max(sorted(set(labels)), key=labels.count)
     return [float(row["label"] == commonest) for row in task.splits["test"]]
+
+
+def _majority_at(metric: str, task: Task) -> dict[str, list[float]]:
+    """Return the same as an item of a record; none where the metric is another than the share of right rows."""
+    return {"majority": majority(task)} if metric == "accuracy" else {}
 
 
 def score_on(run: Run, split: str, limit: int | None = None) -> Scores:
@@ -245,6 +250,6 @@ def untrained(trial: Trial, folder: Path, tell: Tell) -> Record:
         arm=trial.arm,
         seed=trial.seed,
         numbers=numbers,
-        items={"score": items_of(scores, metric), **general.items},
+        items={"score": items_of(scores, metric), **_majority_at(metric, task), **general.items},
         texts={"metric": metric, **general.texts},
     )

@@ -16,7 +16,6 @@ from loralab.models.load import Base
 from loralab.studies.measures import drift, merging
 from loralab.studies.questions import merge
 from loralab.studies.questions.merge import AGAIN, DRIFT
-from loralab.studies.readings.merges import resolution
 from loralab.studies.study import Arm, Record, StudySetup
 
 SETUP = StudySetup(study="merge", model="m", data="d", quick=True)
@@ -78,10 +77,11 @@ def test_putting_back_is_exact_where_subtracting_is_not(make: tiny.Make) -> None
     module = next(iter(adapter.modules.values()))
     kept = module.base.weight.clone()
     own = module.lora_A.clone()
-    found = drift.both_ways(module, torch.bfloat16)
-    assert found.exact
-    assert found.relative[-1] > 0
-    assert 0 < found.changed <= 1
+    left, found = drift.both_ways(module, torch.bfloat16)
+    assert found["exact"]
+    assert found["relative"][-1] > 0
+    assert 0 < found["changed"] <= 1
+    assert not torch.equal(left, kept.bfloat16())
     assert torch.equal(module.base.weight, kept), "the module is left as it was"
     assert torch.equal(module.lora_A, own)
 
@@ -131,11 +131,6 @@ def test_digests_see_a_single_bit() -> None:
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0))
     after = merging.weight_digests(model)
     assert [n for n in before if before[n] != after[n]] == ["model.layers.0.mlp.up_proj.weight"]
-
-
-def test_resolution_is_one_unit_of_fp32() -> None:
-    assert resolution(0.6) == 2.0**-24
-    assert resolution(2.4) == 2.0**-22
 
 
 @pytest.mark.parametrize("ability", [{}, {"avx512_fp16": True}, {"amx_fp16": True}])
@@ -188,7 +183,7 @@ def test_a_difference_above_the_expectation_is_reported_as_such() -> None:
     answer = merge.conclude([record("fp32", 4e-6)], SETUP)
     assert message_in(answer.sentence, "merge.fp32_above").values["difference"] == 4e-6
     assert answer.blanks[1][1].key == "merge.not_expected"
-    assert answer.blanks[1][1].values["unit"] == resolution(0.6)
+    assert answer.blanks[1][1].values["unit"] == 2.0**-24  # of fp32 at 0.6
 
 
 def test_a_difference_below_the_expectation_can_change_an_answer() -> None:

@@ -26,7 +26,7 @@ from loralab.studies.questions.methods import LATENCY, TRADEOFF
 from loralab.studies.readings.published import holds_here
 from loralab.studies.statistics import median_interval
 from loralab.studies.study import Answer, Arm, Record, StudySetup
-from loralab.studies.timing import LEAST, overhead
+from loralab.studies.timing import LEAST, change, overhead
 from loralab.studies.wording import say
 
 SETUP = StudySetup(study="methods", model="m", data="d")
@@ -165,7 +165,7 @@ def test_the_interval_of_a_median_covers_it(count: int) -> None:
 
 
 def test_too_few_trials_have_no_interval() -> None:
-    assert overhead([2.0, 2.0], [1.0, 1.0]).change.key == "overhead.alone"
+    assert change(overhead([2.0, 2.0], [1.0, 1.0])).key == "overhead.alone"
     assert all(math.isnan(edge) for edge in median_interval([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert not overhead([2.0, 2.0], [1.0, 1.0]).holds
     assert 1 - 2 * stats.binom.cdf(0, LEAST, 0.5) >= 0.95
@@ -174,8 +174,8 @@ def test_too_few_trials_have_no_interval() -> None:
 def test_an_overhead_is_that_of_its_own_trial() -> None:
     drift = [1.0, 5.0, 2.0, 9.0, 1.0, 3.0, 7.0]  # of the machine
     own = overhead([1.2 * d for d in drift], drift)
-    assert own.share == pytest.approx(0.2)
-    assert own.low == pytest.approx(0.2)
+    assert own.estimate == pytest.approx(-0.2)
+    assert own.low == pytest.approx(-0.2)
     assert own.holds
 
 

@@ -18,10 +18,10 @@ from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterStateError, ConfigError
 from loralab.models.load import Base
 from loralab.studies.measures.mixed_batch import Banked, swap
-from loralab.studies.measures.system import interleaved, majority
+from loralab.studies.measures.system import interleaved
 from loralab.studies.questions import multitask
-from loralab.studies.study import Arm, Record, StudySetup
-from loralab.studies.trained import rows_of
+from loralab.studies.study import Arm, Record, StudySetup, Trial
+from loralab.studies.trained import majority, rows_of, untrained
 from loralab.tasks.catalog import find
 from loralab.tasks.forward import call
 from loralab.training.preflight import load_base
@@ -118,6 +118,16 @@ def test_the_commonest_label_is_that_of_train(word_files: Sequence[Path]) -> Non
     rows = [{"text": "a", "label": x} for x in ("good", "good", "bad")]
     task = replace(task, splits={"train": rows, "test": list(reversed(rows)), "validation": []})
     assert majority(task) == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("metric", "stands"), [("accuracy", True), ("macro_f1", False)])
+def test_the_commonest_label_stands_beside_shares_of_right_rows_alone(
+    metric: str, stands: bool, tiny_bert_folder: Path, word_files: Sequence[Path], tmp_path: Path
+) -> None:
+    setup = setup_of("multitask", tiny_bert_folder, word_files[0], metric=metric, seeds=1)
+    trial = Trial(measure="", setup=setup, arm=Arm(name="base"), seed=0)
+    found = untrained(trial, tmp_path, lambda event: None)
+    assert ("majority" in found.items) == stands
 
 
 def system(same: float = 1.0, furthest: float = 1e-6, ratio: float = 3.0) -> Record:

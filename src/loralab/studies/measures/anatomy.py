@@ -12,7 +12,7 @@ from loralab.models.catalog import MODELS
 from loralab.models.pictures import side as side_of
 from loralab.models.source import resolve
 from loralab.studies.catalog import WRITER
-from loralab.studies.message import Column, Message, Table, sentences
+from loralab.studies.message import Column, Message, Table, columns, sentences
 from loralab.studies.places import ATTENTION, MLP, layer_rows, layout
 from loralab.studies.prepare import base_of
 from loralab.studies.study import Record, Trial
@@ -69,8 +69,8 @@ def anatomy_table(tables: Mapping[str, Any]) -> list[Table]:
         pairs = zip(layer_rows(layers), sizes, strict=True)
         rows += [{"model": name, "lora_parameters": size, **row} for row, size in pairs]
     last = Column("lora_parameters", "count", label=Message("column.lora_parameters", rank=RANK))
-    columns = [Column(name) for name in ("model", "adapted_by", "layer", "shape", "count")]
-    return [Table(title=Message("table.anatomy"), columns=[*columns, last], rows=rows)] if tables.get("vision") else []
+    shown = columns("model", "adapted_by", "layer", "shape", "count", last)
+    return [Table(title=Message("table.anatomy"), columns=shown, rows=rows)] if tables.get("vision") else []
 
 
 def likeness(tables: Mapping[str, Any]) -> Message:
@@ -89,13 +89,9 @@ def likeness(tables: Mapping[str, Any]) -> Message:
 
 def _layers(rows: Sequence[Mapping[str, Any]]) -> Message:
     """Say how many linear layers there are, of which types."""
-    places = {place: [row for row in rows if row["place"] == place] for place in (ATTENTION, MLP)}
-    parts = [
-        Message(
-            "vision.layers_of_place",
-            place=place,
-            layers=[f"{row['type']} {row['outputs']} × {row['inputs']}" for row in of_place],
-        )
-        for place, of_place in places.items()
-    ]
+    places = {
+        place: [f"{row['type']} {row['outputs']} × {row['inputs']}" for row in rows if row["place"] == place]
+        for place in (ATTENTION, MLP)
+    }
+    parts = [Message("vision.layers_of_place", place=place, layers=layers) for place, layers in places.items()]
     return Message("vision.linear_layers", count=sum(row["count"] for row in rows), places=parts)

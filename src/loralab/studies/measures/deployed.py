@@ -29,7 +29,7 @@ from loralab.studies.measures.decoding import Variant, inputs_for, interleaved, 
 from loralab.studies.measures.layers import put_weight
 from loralab.studies.measures.mixed_batch import Banked, Looped, as_large
 from loralab.studies.study import Record, Trial
-from loralab.studies.timing import in_turns, quickest, timed
+from loralab.studies.timing import in_turns, timed
 from loralab.studies.trained import Tell, items_of, score
 from loralab.tasks.catalog import Task
 from loralab.tasks.forward import call
@@ -58,7 +58,7 @@ def measure_adapters(trial: Trial, folder: Path, tell: Tell) -> Record:
         name = named(count, loops)
         try:
             variant, differences[name] = several(base, unmerged, beside, count, loops)
-            variants.append(replace(variant, name=name))
+            variants.append(variant)
         except LoralabError as error:
             refused.append({"variant": name, "reason": str(error)})
     numbers = {"adapter_bytes": float(_bytes_of(beside)), "switch_seconds": switch_seconds(beside)}
@@ -81,8 +81,8 @@ def measure_smaller(trial: Trial, folder: Path, tell: Tell) -> Record:
 def _record(trial: Trial, base: Base, task: Task, variants: Sequence[Variant], scored: Sequence[str]) -> Record:
     """Time all variants beside the first, weigh them, and score those that can be."""
     options = trial.arm.options
-    settings = {"seconds": float(options["seconds"]), "most": int(options["trials"])}
-    times = interleaved(base, variants, options["batches"], **settings)
+    seconds, most = float(options["seconds"]), int(options["trials"])
+    times = interleaved(base, variants, options["batches"], seconds=seconds, most=most)
     largest = max(batch for _, batch in times)
     latency: list[dict[str, Any]] = []
     for (variant, batch), own in times.items():
@@ -136,12 +136,12 @@ def several(base: Base, unmerged: Variant, adapter: Adapter, count: int, loops: 
     def ready(batch: int) -> None:
         mixed.route(sorted(number % count for number in range(batch)))
 
-    return Variant(name="", model=model, ready=ready), difference
+    return Variant(name=named(count, loops), model=model, ready=ready), difference
 
 
 def switch_seconds(adapter: Adapter) -> float:
     """Return the seconds to merge an adapter and to take it out again, the quicker of two."""
-    return quickest(lambda: (adapter.merge(), adapter.unmerge()), repeats=2)
+    return min(timed(adapter.merge)[1] + timed(adapter.unmerge)[1] for _ in range(2))
 
 
 def in_int8(base: Base) -> Any:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from loralab.errors import LearningError
 from loralab.studies import trained
 from loralab.studies.fields import configured
-from loralab.studies.measures.system import with_majority
 from loralab.studies.statistics import monotone, smoothed
 from loralab.studies.study import DIVERGED, Record, Trial
 from loralab.studies.subspace import Subspace, fit
@@ -34,7 +33,7 @@ Curve = Mapping[int, Items]  # d -> the mean score of every test row
 
 def measure_floor(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Score the untrained model, and the commonest label said always."""
-    return with_majority(trained.untrained(trial, folder, tell), rows_of(trial.setup))
+    return trained.untrained(trial, folder, tell)
 
 
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:

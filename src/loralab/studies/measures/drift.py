@@ -4,8 +4,7 @@ Two ways back: the original tensor, put in its place again; and, as common libra
 subtracted again. In floating point (w + d) - d need not be w, and what is lost adds up.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from loralab.artefacts.comparison import compare, logits_of, reference_of
 from loralab.errors import ConfigError
 from loralab.models.load import DTYPES, Base
 from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
-from loralab.studies.measures.layers import low_rank, put_weight
+from loralab.studies.measures.layers import as_noise, low_rank, put_weight
 from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell
 
@@ -27,20 +26,6 @@ NOTED = (1, 2, 5, 10, 20, 50, 100)  # merges after which the weights are compare
 COMPARED = 8  # test rows whose logits are compared
 
 Factors = tuple[Tensor, Tensor]  # A and B
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """The distance of a module's weight from the original after so many merges.
-
-    `relative` is |W - W0| / |W0| at each of NOTED, `changed` the share of weights that differ at
-    the end, `exact` whether the other way back gave every bit.
-    """
-
-    relative: Sequence[float]
-    changed: float
-    exact: bool
-    weight: Tensor
 
 
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
@@ -66,21 +51,24 @@ def drifted(
     The base's weights are put back.
     """
     dtype = DTYPES[precision]
-    drifts = {name: both_ways(module, dtype) for name, module in modules.items()}
-    originals = {name: module.base.weight for name, module in modules.items()}
-    for name, module in modules.items():  # the base as this dtype rounds it
-        put_weight(module.base, originals[name].to(dtype).float())
+    drifts = [both_ways(module, dtype) for module in modules.values()]
+    originals = [module.base.weight for module in modules.values()]
+
+    def put(weights: Iterable[Tensor]) -> None:
+        for module, weight in zip(modules.values(), weights, strict=True):
+            put_weight(module.base, weight)
+
+    put(weight.to(dtype).float() for weight in originals)  # the base as this dtype rounds it
     reference = reference_of(base.model, samples, base.kind, base.tokenizer)
-    for name, module in modules.items():
-        put_weight(module.base, drifts[name].weight.float())
+    put(weight.float() for weight, _ in drifts)
     seen = compare(reference, logits_of(base.model, samples, base.kind, base.tokenizer), "fp32")
-    for name, module in modules.items():
-        put_weight(module.base, originals[name])
+    put(originals)
+    rows = [row for _, row in drifts]
     return {
         "precision": precision,
-        "exact": all(drift.exact for drift in drifts.values()),
-        "relative": [list(drift.relative) for drift in drifts.values()],
-        "changed": [drift.changed for drift in drifts.values()],
+        "exact": all(row["exact"] for row in rows),
+        "relative": [row["relative"] for row in rows],
+        "changed": [row["changed"] for row in rows],
         "kl": max(0.0, seen.mean_kl),
         "top1": seen.top1_agreement,
     }
@@ -89,27 +77,30 @@ def drifted(
 def spaced(found: Mapping[str, LinearWithLoRA], most: int | None) -> dict[str, LinearWithLoRA]:
     """Return at most so many modules, from the first to the last at even distances; None is all."""
     names = list(found)
-    if most is None or most >= len(names):
-        return dict(found)
-    return {names[i * len(names) // most]: found[names[i * len(names) // most]] for i in range(most)}
+    count = len(names) if most is None else min(most, len(names))
+    return {name: found[name] for name in (names[i * len(names) // count] for i in range(count))}
 
 
 @torch.no_grad()
-def both_ways(module: LinearWithLoRA, dtype: torch.dtype) -> Drift:
-    """Merge a hundred times into the weight as a dtype holds it; the module is left as it was."""
+def both_ways(module: LinearWithLoRA, dtype: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
+    """Merge a hundred times into the weight as a dtype holds it; the module is left as it was.
+
+    Return the weight that subtracting leaves, and how far it is from the original: `relative` is
+    |W - W0| / |W0| at each of NOTED, `changed` the share of weights that differ at the end, `exact`
+    whether putting the original back gave every bit.
+    """
     original, own = module.base.weight, (module.lora_A.clone(), module.lora_B.clone())
     three = adapters_like(own)
     weight = original.to(dtype)
     try:
         put_weight(module.base, weight.clone())
         deltas = [_delta(module, factors).to(dtype) for factors in three]
-        relative, drifted = subtracted(weight, deltas)
+        relative, left = subtracted(weight, deltas)
         exact = _put_back(module, three)
     finally:
         _fill(module, own)
         module.base.register_parameter("weight", original)
-    changed = float((drifted != weight).double().mean())
-    return Drift(relative=relative, changed=changed, exact=exact, weight=drifted)
+    return left, {"relative": relative, "changed": float((left != weight).double().mean()), "exact": exact}
 
 
 def subtracted(weight: Tensor, deltas: Sequence[Tensor]) -> tuple[list[float], Tensor]:
@@ -127,11 +118,8 @@ def subtracted(weight: Tensor, deltas: Sequence[Tensor]) -> tuple[list[float], T
 def adapters_like(own: Factors) -> list[Factors]:
     """Return the trained factors, and others that are as large and have nothing else in common with them."""
     draw = torch.Generator().manual_seed(0)
-    found = [own]
-    for _ in range(ADAPTERS - 1):
-        A, B = (torch.randn(f.shape, generator=draw).to(f) * f.square().mean().sqrt() for f in own)
-        found.append((A, B))
-    return found
+    A, B = own
+    return [own, *((as_noise(A, draw), as_noise(B, draw)) for _ in range(ADAPTERS - 1))]
 
 
 def _put_back(module: LinearWithLoRA, three: Sequence[Factors]) -> bool:
@@ -141,7 +129,8 @@ def _put_back(module: LinearWithLoRA, three: Sequence[Factors]) -> bool:
         _fill(module, three[number % len(three)])
         module.merge_weights()
         module.unmerge_weights()
-    return torch.equal(_bits(before), _bits(module.base.weight.detach()))
+    was, now = (weight.contiguous().view(torch.uint8) for weight in (before, module.base.weight.detach()))
+    return torch.equal(was, now)
 
 
 def _delta(module: LinearWithLoRA, factors: Factors) -> Tensor:
@@ -151,11 +140,7 @@ def _delta(module: LinearWithLoRA, factors: Factors) -> Tensor:
     return delta.T.contiguous() if module.transposed else delta
 
 
+@torch.no_grad()
 def _fill(module: LinearWithLoRA, factors: Factors) -> None:
-    with torch.no_grad():
-        module.lora_A.copy_(factors[0])
-        module.lora_B.copy_(factors[1])
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+    module.lora_A.copy_(factors[0])
+    module.lora_B.copy_(factors[1])

@@ -27,3 +27,8 @@ def updated(adapter: Adapter) -> Weights:
 def put_weight(layer: Any, weight: Tensor) -> None:
     """Put a tensor in the place of a layer's weight."""
     layer.register_parameter("weight", nn.Parameter(weight.detach(), requires_grad=False))
+
+
+def as_noise(factor: Tensor, draw: torch.Generator) -> Tensor:
+    """Return noise as large as a factor of an update, and of its dtype."""
+    return torch.randn(factor.shape, generator=draw).to(factor) * factor.square().mean().sqrt()

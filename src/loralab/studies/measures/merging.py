@@ -6,8 +6,8 @@ arm packs it again.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,18 @@ from torch import Tensor, nn
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import compute_dtype, dense_weight, is_linear
 from loralab.artefacts import requantize
-from loralab.artefacts.comparison import Certificate, Reference, compare, logits_of
+from loralab.artefacts.comparison import Certificate, compare, logits_of, reference_of
 from loralab.errors import ModelError
 from loralab.models.device import resolve_precision
-from loralab.models.load import Base
 from loralab.models.quantize import dequantize
 from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
 from loralab.studies.study import Record, Trial
 from loralab.studies.timing import timed
 from loralab.studies.trained import Tell, items_of, score
-from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores
 
 MEASURE_MERGING = "loralab.studies.measures.merging:measure"
 BEFORE, AFTER = "before", "after"  # items of a record
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """The answers of a model to the test rows, and its logits on some of them."""
-
-    scores: Scores
-    logits: Tensor
 
 
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
@@ -53,44 +43,38 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     except RuntimeError as error:  # torch has no kernel of this dtype here
         if isinstance(error, ModelError) or "not implemented" not in str(error):
             raise
-        name = trial.arm.options["precision"]
-        raise ModelError(
-            f"this machine does not compute in {name}: {error}", code="no_kernel", field="precision"
-        ) from None
+        text = f"this machine does not compute in {trial.arm.options['precision']}: {error}"
+        raise ModelError(text, code="no_kernel", field="precision") from None
 
 
 def _measured(trial: Trial, folder: Path, tell: Tell) -> Record:
     options, place = trial.arm.options, adapter_folder(trial, folder, tell)
     precision = resolve_precision(str(options["precision"]))
     base, task = base_for(trial.setup, precision, quantize=str(options["quantize"]))
-    limit = options.get("limit")
     samples = compared_inputs(task, base, int(options["compared"]))
-    task = replace(task, splits={**task.splits, "test": task.splits["test"][:limit]})
-    plain = logits_of(base.model, samples, base.kind, base.tokenizer)
-    adapter = put_on(base, place)
-    before = look(base, task, samples)
-    indices = torch.arange(before.logits.shape[1]).expand(before.logits.shape)
-    total = before.logits.double().logsumexp(dim=1)
-    reference = Reference(prompts=[], values=before.logits, indices=indices, total=total)
+    task = replace(task, splits={**task.splits, "test": task.splits["test"][: options.get("limit")]})
+
+    def logits() -> Tensor:
+        return logits_of(base.model, samples, base.kind, base.tokenizer)
+
+    plain, adapter = logits(), put_on(base, place)
+    before, reference = score(base, task), reference_of(base.model, samples, base.kind, base.tokenizer)
     numbers = {**rounding(adapter), "effect_kl": compare(reference, plain, precision).mean_kl}
     kept = requantize.retention(adapter) if options.get("again") else {}
     if kept:
         numbers |= {"kept": float(np.median(list(kept.values()))), "packed": float(len(kept))}
-        _pack_again(adapter)
+        merged: Any = adapter.merge_and_detach()
+        dequantize(merged)
+        requantize.pack(merged)
     else:
-        numbers |= round_trip(base, adapter, samples, before.logits)
-    after = look(base, task, samples)
-    metric = trial.setup.metric or before.scores.main
-    numbers |= {**changes(before, after, compare(reference, after.logits, precision))}
-    items = {BEFORE: items_of(before.scores, metric), AFTER: items_of(after.scores, metric)}
-    for name, seen in ((BEFORE, before), (AFTER, after)):
-        items[f"{name} loss"] = [-loss for loss in seen.scores.row_losses]
-    return trial.record(
-        numbers=numbers,
-        items=items,
-        series={"kept": list(kept.values())},
-        texts={"metric": metric, "precision": precision},
-    )
+        numbers |= round_trip(base.model, adapter, logits, reference.values)
+    after = score(base, task)
+    metric = trial.setup.metric or before.main
+    numbers |= changes(before, after, compare(reference, logits(), precision))
+    items = {BEFORE: items_of(before, metric), AFTER: items_of(after, metric)}
+    items |= {f"{name} loss": [-loss for loss in own.row_losses] for name, own in ((BEFORE, before), (AFTER, after))}
+    texts = {"metric": metric, "precision": precision}
+    return trial.record(numbers=numbers, items=items, series={"kept": list(kept.values())}, texts=texts)
 
 
 def has_fp16() -> bool:
@@ -99,15 +83,10 @@ def has_fp16() -> bool:
     return torch.cuda.is_available() or bool(abilities.get("avx512_fp16") or abilities.get("amx_fp16"))
 
 
-def look(base: Base, task: Task, samples: Sequence[Sequence[int]]) -> Look:
-    """Score a model as it is now."""
-    return Look(scores=score(base, task), logits=logits_of(base.model, samples, base.kind, base.tokenizer))
-
-
-def changes(before: Look, after: Look, seen: Certificate) -> dict[str, float]:
+def changes(before: Scores, after: Scores, seen: Certificate) -> dict[str, float]:
     """Return the changes of merging in losses, logits and answers."""
-    was, now = before.scores.metrics["loss"], after.scores.metrics["loss"]
-    pairs = list(zip(before.scores.predictions, after.scores.predictions, strict=True))
+    was, now = before.metrics["loss"], after.metrics["loss"]
+    pairs = list(zip(before.predictions, after.predictions, strict=True))
     answered = any(a.answer for a, _ in pairs)  # plain texts have no answers that could change
     changed = {"changed": float(sum(a.answer != b.answer for a, b in pairs))} if answered else {}
     return {
@@ -124,23 +103,22 @@ def changes(before: Look, after: Look, seen: Certificate) -> dict[str, float]:
     }
 
 
-def round_trip(base: Base, adapter: Adapter, samples: Sequence[Sequence[int]], logits: Tensor) -> dict[str, float]:
+def round_trip(model: nn.Module, adapter: Adapter, logits: Callable[[], Tensor], before: Tensor) -> dict[str, float]:
     """Merge, unmerge and merge again; tell whether weights and logits came back bit for bit.
 
     The adapter is left merged.
     """
-    digests = weight_digests(base.model)
+    digests = weight_digests(model)
     _, merge_seconds = timed(adapter.merge)
     _, unmerge_seconds = timed(adapter.unmerge)
-    back = weight_digests(base.model)
-    again = logits_of(base.model, samples, base.kind, base.tokenizer)
+    restored, same = weight_digests(model) == digests, torch.equal(logits(), before)
     adapter.merge()
     return {
         "merge_seconds": merge_seconds,
         "unmerge_seconds": unmerge_seconds,
         "tensors": float(len(digests)),
-        "restored": float(back == digests),
-        "same_logits": float(torch.equal(again, logits)),
+        "restored": float(restored),
+        "same_logits": float(same),
     }
 
 
@@ -168,16 +146,5 @@ def rounding(adapter: Adapter) -> dict[str, float]:
 
 def weight_digests(model: nn.Module) -> Mapping[str, str]:
     """Return a digest of every tensor's bytes: equal ones are equal bit for bit."""
-    return {name: _digest(tensor) for name, tensor in model.state_dict().items()}
-
-
-def _digest(tensor: Tensor) -> str:
-    flat = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
-    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
-
-
-def _pack_again(adapter: Adapter) -> None:
-    """Merge, and pack the model in 4 bits again."""
-    plain: Any = adapter.merge_and_detach()
-    dequantize(plain)
-    requantize.pack(plain)
+    flat = {name: t.detach().contiguous().cpu().flatten() for name, t in model.state_dict().items()}
+    return {name: hashlib.sha256(own.view(torch.uint8).numpy().tobytes()).hexdigest() for name, own in flat.items()}

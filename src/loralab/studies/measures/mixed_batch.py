@@ -15,6 +15,7 @@ from loralab.adapters.attach import wrappers_for
 from loralab.adapters.grouped import Bank, spans_of
 from loralab.adapters.linear import LinearWithLoRA, is_plain
 from loralab.errors import AdapterStateError, ConfigError
+from loralab.studies.measures.layers import as_noise
 
 
 class Banked:
@@ -43,23 +44,16 @@ class Looped:
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter]) -> None:
         self._rows: Tensor | None = None
-        self._handles = []
         everywhere = [{**adapter.modules, **adapter.saved} for adapter in adapters]
         for path in dict.fromkeys(path for own in everywhere for path in own):
             members = [own.get(path) for own in everywhere]
             if not all(_is_known(adapters, path, member) for member in members):
                 raise ConfigError(f"the update of {path} is not a plain low-rank one", code="not_plain", field="method")
-            hook = model.get_submodule(path).register_forward_hook(self._changing(members))
-            self._handles.append(hook)
+            model.get_submodule(path).register_forward_hook(self._changing(members))
 
     def route(self, rows: Sequence[int] | None) -> None:
         """Set the adapter of each row, as Banked does."""
         self._rows = None if rows is None else torch.tensor(list(rows))
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
 
     def _changing(self, members: Sequence[Any]) -> Any:
         def change(module: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
@@ -96,10 +90,8 @@ def _another(adapter: Adapter, model: nn.Module, draw: torch.Generator) -> Adapt
     config, modules, saved = wrappers_for(model, adapter.config, draw)
     other = Adapter(model, config, modules, saved)
     other.saved = adapter.saved
-    pairs = zip(_factors(other), _factors(adapter), strict=True)
-    for own, factor in pairs:
-        noise = torch.randn(factor.shape, generator=draw).to(factor)
-        own.copy_(noise * factor.square().mean().sqrt())
+    for own, factor in zip(_factors(other), _factors(adapter), strict=True):
+        own.copy_(as_noise(factor, draw))
     return other
 
 

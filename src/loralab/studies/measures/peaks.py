@@ -53,8 +53,7 @@ class Gauge:
     def __call__(self, event: dict[str, Any]) -> None:
         """Note what an event stands for, and pass it on."""
         if event["kind"] == "plan":
-            self._loading = peak_bytes(self._device)
-            self._held = held_bytes(self._device)
+            self._loading, self._held = peak_bytes(self._device), held_bytes(self._device)
             self._apart = reset_peak(self._device)
         elif event["kind"] == "step":
             self._steps = peak_since(self._device)
@@ -62,13 +61,10 @@ class Gauge:
 
     def numbers(self) -> dict[str, float]:
         """Return bytes: `peak_bytes` of the whole run; `steps_bytes` only where it can be told apart."""
-        found = {
-            "peak_bytes": float(max(self._loading, self._steps)),
-            "start_bytes": float(self._start),
-            "loading_bytes": float(self._loading),
-            "held_bytes": float(self._held),
-        }
-        return found | ({"steps_bytes": float(self._steps)} if self._apart else {})
+        found = {"start_bytes": self._start, "loading_bytes": self._loading, "held_bytes": self._held}
+        found["peak_bytes"] = max(self._loading, self._steps)
+        found |= {"steps_bytes": self._steps} if self._apart else {}
+        return {name: float(size) for name, size in found.items()}
 
 
 def reset_peak(device: torch.device) -> bool:

@@ -5,10 +5,9 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from loralab.studies.fields import configured
 from loralab.studies.measures.mixed_batch import Banked, swap
 from loralab.studies.study import Arm, Record, Trial
 from loralab.studies.subspace import together
-from loralab.studies.trained import Tell, majority, rows_of
+from loralab.studies.trained import Tell, rows_of
 from loralab.tasks.catalog import TASKS, Task
 from loralab.tasks.encode import encode
 from loralab.tasks.examples import Example
@@ -39,16 +38,8 @@ WAYS = MIXED, TURN, ALONE = ("mixed", "in turn", "base alone")
 REPEATS = (25, 9)  # thorough, quick
 COMPARED = 8  # test rows of each task whose answers are compared
 LOADS = 3
+Stored = tuple[Path, Task]  # a trained adapter on disk, and the task that it answers
 Request = tuple[int, Example]  # the adapter's number, and the row that it answers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """A trained adapter on disk and the task that it answers."""
-
-    name: str
-    folder: Path
-    task: Task
 
 
 def own_trial(trial: Trial, name: str) -> Trial:
@@ -59,17 +50,7 @@ def own_trial(trial: Trial, name: str) -> Trial:
 
 def measure_task(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train an adapter on its own task; its score stands beside that of the commonest label."""
-    own = own_trial(trial, str(trial.arm.options["task"]))
-    return with_majority(trained.measure(own, folder, tell), rows_of(own.setup))
-
-
-def with_majority(record: Record, task: Task) -> Record:
-    """Add the score of the commonest label said always, where rows have labels and were scored."""
-    found = majority(task)
-    if not found or not record.items:
-        return record
-    numbers = {**record.numbers, "majority": statistics.fmean(found)}
-    return replace(record, numbers=numbers, items={**record.items, "majority": found})
+    return trained.measure(own_trial(trial, str(trial.arm.options["task"])), folder, tell)
 
 
 def measure_system(trial: Trial, folder: Path, tell: Tell) -> Record:
@@ -77,13 +58,14 @@ def measure_system(trial: Trial, folder: Path, tell: Tell) -> Record:
     stored = adapters_of(trial, folder, tell)
     if len(stored) < 2:
         raise ConfigError("a system needs at least two adapters, and fewer could be trained", code="too_few_adapters")
-    base, seconds = loaded(trial, stored[0].task)
+    task = stored[0][1]
+    base, seconds = loaded(trial, task)
     adapters, expected, cold = one_after_the_other(trial, stored)
     asked = requests(stored, base)
     mixed = Banked(base.model, adapters)
     try:
         equality = compared(base, mixed, asked, expected)
-        series, warm = timed(trial, stored[0].task, base, mixed, asked, adapters)
+        series, warm = timed(trial, task, base, mixed, asked, adapters)
     finally:
         mixed.remove()
     numbers = {
@@ -91,9 +73,9 @@ def measure_system(trial: Trial, folder: Path, tell: Tell) -> Record:
         "model_seconds": seconds,
         "cold_seconds": statistics.median(cold),
         "warm_seconds": warm,
-        "model_bytes": model_bytes(base),
+        "model_bytes": 4 * sum(p.numel() for p in base.model.parameters()),  # in fp32, as the adapters are
         **equality,
-        "adapter_bytes": statistics.fmean(folder_bytes(own.folder) for own in stored),
+        "adapter_bytes": statistics.fmean(folder_bytes(place) for place, _ in stored),
     }
     return trial.record(numbers=numbers, series=series)
 
@@ -111,7 +93,7 @@ def adapters_of(trial: Trial, folder: Path, tell: Tell) -> list[Stored]:
                 place = folder / f"task-{len(found)}" / "run"
                 trained.trained(own, place.parent, tell)
                 trained.forget(place.parent, 0)
-            found.append(Stored(name=name, folder=place, task=rows_of(own.setup)))
+            found.append((place, rows_of(own.setup)))
         except LoralabError as error:
             tell({"kind": "note", "text": f"{name} is left out: {error}"})
     return found
@@ -125,26 +107,25 @@ def loaded(trial: Trial, task: Task) -> tuple[Base, float]:
     return base, seconds
 
 
-def one_after_the_other(
-    trial: Trial, stored: Sequence[Stored]
-) -> tuple[list[Adapter], list[list[Tensor]], list[float]]:
+def one_after_the_other(trial: Trial, stored: Sequence[Stored]) -> tuple[list[Adapter], list[Tensor], list[float]]:
     """Load every adapter as users do; return what was attached, its answers, and the seconds of each load."""
-    adapters, answers, seconds = [], [], []
+    adapters: list[Adapter] = []
+    answers: list[Tensor] = []
+    seconds: list[float] = []
     bases: dict[int, Base] = {}
-    for own in stored:
-        labels = len(own.task.labels)
+    for place, task in stored:
+        labels = len(task.labels)
         if labels not in bases:
-            bases[labels] = loaded(trial, own.task)[0]
+            bases[labels] = loaded(trial, task)[0]
         base = bases[labels]
         for number in range(LOADS):
-            adapter, taken = timing.timed(functools.partial(load, base.model, own.folder))
+            adapter, taken = timing.timed(functools.partial(load, base.model, place))
             seconds.append(taken)
             if number < LOADS - 1:
                 adapter.detach()
         base.model.eval()
         adapters.append(adapter)
-        examples = [example for _, example in requests([own], base)]
-        answers.append(list(outputs(base, examples)))
+        answers += outputs(base, [example for _, example in requests([(place, task)], base)])
         adapter.detach()
     return adapters, answers, seconds
 
@@ -152,9 +133,9 @@ def one_after_the_other(
 def requests(stored: Sequence[Stored], base: Base) -> list[Request]:
     """Return the first test rows of every task, each with the number of its adapter."""
     found = []
-    for number, own in enumerate(stored):
-        rows = own.task.splits["test"][:COMPARED]
-        encoded = encode(own.task, "test", base.tokenizer, kind=base.kind, max_length=512, rows=rows)
+    for number, (_, task) in enumerate(stored):
+        rows = task.splits["test"][:COMPARED]
+        encoded = encode(task, "test", base.tokenizer, kind=base.kind, max_length=512, rows=rows)
         found += [(number, example) for example in encoded.examples]
     return found
 
@@ -170,15 +151,8 @@ def outputs(base: Base, examples: Sequence[Example]) -> Tensor:
     return logits[first].float().cpu()
 
 
-def compared(
-    base: Base, mixed: Banked, asked: Sequence[Request], expected: Sequence[Sequence[Tensor]]
-) -> dict[str, float]:
+def compared(base: Base, mixed: Banked, asked: Sequence[Request], expected: Sequence[Tensor]) -> dict[str, float]:
     """Return how far the answers of mixed batches are from those of one adapter after the other."""
-    position = [0] * len(expected)
-    true: list[Tensor] = []
-    for number, _ in asked:
-        true.append(expected[number][position[number]])
-        position[number] += 1
     order = list(range(len(asked)))
     random.Random(0).shuffle(order)
     furthest, largest, same = 0.0, 0.0, 0
@@ -186,10 +160,10 @@ def compared(
         group = sorted(order[begin : begin + SIZES[-1]], key=lambda i: asked[i][0])
         mixed.route([asked[i][0] for i in group])
         for i, found in zip(group, outputs(base, [asked[i][1] for i in group]), strict=True):
-            own = found[: len(true[i])]
-            furthest = max(furthest, float((own - true[i]).abs().max()))
-            largest = max(largest, float(true[i].abs().max()))
-            same += int(own.argmax() == true[i].argmax())
+            own = found[: len(expected[i])]
+            furthest = max(furthest, float((own - expected[i]).abs().max()))
+            largest = max(largest, float(expected[i].abs().max()))
+            same += int(own.argmax() == expected[i].argmax())
     mixed.route(None)
     return {"furthest": furthest, "largest": largest, "same": same / len(asked), "compared": len(asked)}
 
@@ -202,44 +176,29 @@ def timed(
     method, _ = configured({**trial.setup.fields, **trial.arm.options["arms"][0]["fields"]})
     adapter = attach(own.model, with_head(method, own))
     own.model.eval()
-    found: dict[str, list[float]] = {}
     repeats = REPEATS[trial.setup.quick]
-    for size in SIZES:
-        batch = interleaved(asked, len(adapters))[:size]
-        if len(batch) < size:
-            continue
-        ways = _ways(batch, base, mixed, own, adapter, adapters)
-        for way in ways.values():  # the first time builds what the others find ready
-            way()
-        times = timing.in_turns(ways, seconds=math.inf, most=repeats)
-        found |= {f"{name} {size}": seconds for name, seconds in times.items()}
-    swaps = [functools.partial(swap, adapter, one) for one in [*adapters] * max(1, repeats // 3)]
-    return found, statistics.median(timing.timed(one)[1] for one in swaps)
+    every = interleaved(asked, len(adapters))
+    # the rows of an adapter stand together
+    batches = {size: sorted(every[:size], key=lambda one: one[0]) for size in SIZES if size <= len(every)}
 
-
-def _ways(
-    batch: Sequence[Request], base: Base, mixed: Banked, own: Base, adapter: Adapter, adapters: Sequence[Adapter]
-) -> Mapping[str, Callable[[], Any]]:
-    """Return what is done to answer a batch, in each of the ways."""
-    batch = sorted(batch, key=lambda one: one[0])  # the rows of an adapter stand together
-    rows = [number for number, _ in batch]
-    examples = [example for _, example in batch]
-    groups = {n: [e for number, e in batch if number == n] for n in rows}
-
-    def at_once() -> None:
-        mixed.route(rows)
-        outputs(base, examples)
-
-    def in_turn() -> None:
-        for number, members in groups.items():
+    def answer(way: str, size: int) -> None:
+        rows, examples = [number for number, _ in batches[size]], [example for _, example in batches[size]]
+        if way != TURN:
+            mixed.route(rows if way == MIXED else None)
+            outputs(base, examples)
+            return
+        for number in dict.fromkeys(rows):
             swap(adapter, adapters[number])
-            outputs(own, members)
+            outputs(own, [example for row, example in batches[size] if row == number])
 
-    def alone() -> None:
-        mixed.route(None)
-        outputs(base, examples)
-
-    return {MIXED: at_once, TURN: in_turn, ALONE: alone}
+    for way, size in itertools.product(WAYS, batches):  # the first time builds what the others find ready
+        answer(way, size)
+    seconds = timing.in_turns(
+        WAYS, list(batches), lambda *ask: timing.timed(lambda: answer(*ask))[1], seconds=math.inf, most=repeats
+    )
+    swaps = [functools.partial(swap, adapter, one) for one in [*adapters] * max(1, repeats // 3)]
+    warm = statistics.median(timing.timed(one)[1] for one in swaps)
+    return {f"{way} {size}": own for (way, size), own in seconds.items()}, warm
 
 
 def interleaved(asked: Sequence[Request], adapters: int) -> list[Request]:
@@ -247,11 +206,6 @@ def interleaved(asked: Sequence[Request], adapters: int) -> list[Request]:
     queues = [[a for a in asked if a[0] == number] for number in range(adapters)]
     rounds = itertools.zip_longest(*queues)
     return [a for members in rounds for a in members if a is not None]
-
-
-def model_bytes(base: Base) -> int:
-    """Return the bytes of a full model in fp32, as the adapters are."""
-    return 4 * sum(p.numel() for p in base.model.parameters())
 
 
 def folder_bytes(folder: Path) -> int:

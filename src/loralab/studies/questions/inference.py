@@ -5,14 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 from loralab.models.load import Base
-from loralab.studies.evidence import claim
+from loralab.studies.contrast import Contrast
+from loralab.studies.evidence import claim, finding
 from loralab.studies.measures.carried import REFERENCE
 from loralab.studies.measures.deployed import BASE, DENSE, LOOPED, MEASURE_ADAPTERS, MEASURE_SMALLER, MERGED, UNMERGED
 from loralab.studies.measures.passes import Way
 from loralab.studies.message import Chart, Column, Message, Table, clauses, columns, sentences
 from loralab.studies.readings.deployments import Deployed, adapters_of, deployed_of
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.timing import Overhead
+from loralab.studies.timing import added, longer
 from loralab.studies.trained import MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
@@ -82,7 +83,7 @@ def _at(timed: Deployed, way: Way | None) -> Message:
     if way is None:
         return MISSING
     batches = sorted(timed.times[way])
-    parts = [Message("inference.at_batch", batch=b, over=o.text) for b in batches if (o := timed.over(way, b))]
+    parts = [Message("inference.at_batch", batch=b, over=longer(o)) for b in batches if (o := timed.over(way, b))]
     return Message("join.commas", parts=parts)
 
 
@@ -93,9 +94,9 @@ def _sentence(timed: Deployed) -> Message:
     quicker = [_quicker(timed, way, over) for way in others if (over := timed.at_first(way))]
     parts = []
     if merged is not None:
-        parts.append(Message(f"inference.merged_{merged.verdict}", batch=first, **merged.values))
+        parts.append(Message(f"inference.merged_{merged.verdict}", batch=first, **added(merged)))
     if unmerged is not None:
-        parts.append(Message("inference.unmerged_takes", each=_each(timed), batch=first, over=unmerged.text))
+        parts.append(Message("inference.unmerged_takes", each=_each(timed), batch=first, over=longer(unmerged)))
     if quicker:
         parts.append(Message("inference.quicker", batch=first, parts=quicker))
     elif timed.smaller:
@@ -103,13 +104,13 @@ def _sentence(timed: Deployed) -> Message:
     return sentences(*parts) if parts else Message("inference.partial")
 
 
-def _quicker(timed: Deployed, way: Way, over: Overhead) -> Message:
+def _quicker(timed: Deployed, way: Way, over: Contrast) -> Message:
     """Say a way that is quicker, and what it costs in score where it does."""
     change = timed.score_change(way)
     if change is None or change.verdict != "worse":
-        return Message("inference.quicker_way", way=called(way), **over.values)
+        return Message("inference.quicker_way", way=called(way), **added(over))
     price = timed.metric.change(change.estimate)
-    return Message("inference.quicker_at_a_price", way=called(way), price=price, **over.values)
+    return Message("inference.quicker_at_a_price", way=called(way), price=price, **added(over))
 
 
 def _time_findings(timed: Deployed) -> list[Finding]:
@@ -119,8 +120,8 @@ def _time_findings(timed: Deployed) -> list[Finding]:
         names = {"way": called(way), "control": called(timed.against(way)), "each": _each(timed)}
         for batch in sorted({min(timed.times[way]), max(timed.times[way])}):
             if over := timed.over(way, batch):
-                sentence = Message(f"inference.takes_{over.verdict}", batch=batch, **names, **over.values)
-                findings.append(over.finding(sentence))
+                sentence = Message(f"inference.takes_{over.verdict}", batch=batch, **names, **added(over))
+                findings.append(finding(sentence, over))
     return findings
 
 
@@ -178,9 +179,9 @@ def _view(timed: Deployed) -> Message:
     quick = [called(way) for way in timed.smaller if timed.is_quicker(way)]
     parts = []
     if merged is not None:
-        parts.append(Message(f"inference.view_merged_{merged.verdict}", **merged.values))
+        parts.append(Message(f"inference.view_merged_{merged.verdict}", **added(merged)))
     if unmerged is not None and timed.several:
-        parts.append(Message("inference.view_unmerged", each=_each(timed), batch=first, over=unmerged.text))
+        parts.append(Message("inference.view_unmerged", each=_each(timed), batch=first, over=longer(unmerged)))
     if quick:
         parts.append(Message("inference.view_quick", ways=quick))
     return clauses(parts) if parts else MISSING
@@ -223,5 +224,5 @@ def _charts(timed: Deployed) -> list[Chart]:
         for way, batches in timed.times.items()
         for rows in batches
     ]
-    added = timed.chart("inference-latency", Message("inference.added_chart"), batch, called, str)
-    return [*added, Chart("bars", "inference-throughput", Message("inference.rate_chart"), rates, variant, rate, batch)]
+    drawn = timed.chart("inference-latency", Message("inference.added_chart"), batch, called, str)
+    return [*drawn, Chart("bars", "inference-throughput", Message("inference.rate_chart"), rates, variant, rate, batch)]

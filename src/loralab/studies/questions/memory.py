@@ -1,5 +1,6 @@
 """Q7: how can memory be saved? Each saving alone, all together, and a base in 4 bits."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,12 +12,12 @@ from loralab.errors import ConfigError
 from loralab.models.device import resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import gguf_file
-from loralab.studies.evidence import mean_of, means_of
+from loralab.studies.evidence import finding, mean_of, means_of
 from loralab.studies.measures.peaks import MEASURE_PEAKS
 from loralab.studies.message import Chart, Column, Message, Table, clauses, columns, names, sentences
 from loralab.studies.readings.savings import ASKED, BASELINE, CLOSE, ROUNDING, SAME, Savings
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.timing import Overhead
+from loralab.studies.timing import added, change
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
@@ -24,6 +25,8 @@ MEASURE = MEASURE_PEAKS
 WHOLE = 10**7  # tokens in a pass: no batch is cut
 PASS = 256  # tokens in a pass, where it is cut
 SHARED = ("method", "rank", "save_every")  # fields of all arms, no saving
+SAVED = ("memory", "time")
+PARTS = ("start_bytes", "loading_bytes", "held_bytes", "steps_bytes")
 
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
@@ -107,12 +110,12 @@ def _sentence(found: Savings) -> Message:
     if best is None:
         return Message("memory.no_baseline")
     once = Message("memory.once") if found.seeds == 1 else None
-    before, saved, slow = found.peak(BASELINE), found.memory(best), found.time(best)
-    if best == BASELINE or saved is None or (saved.verdict != "better" and once is None):
+    before, saved, slow = found.peak(BASELINE), found.over(best, "memory"), found.over(best, "time")
+    if saved is None or (saved.verdict != "better" and once is None):
         main, best = Message("memory.none_lower", peak=before), BASELINE
     else:
-        name, time = _name(best), slow and slow.change
-        main = Message("memory.saves", name=name, before=before, after=found.peak(best), less=-saved.share, time=time)
+        name, time = _name(best), slow and change(slow)
+        main = Message("memory.saves", name=name, before=before, after=found.peak(best), less=saved.estimate, time=time)
     return sentences(once, main, _floor(found, best), *_lower(found, best))
 
 
@@ -134,34 +137,29 @@ def _blank(found: Savings, role: str) -> Message:
     """Fill in a row of the source's table."""
     if role not in found.runs:
         return Message("answer.not_measured")
-    memory, time = (Message("memory.beside", change=over.change) if over else None for over in _overheads(found, role))
+    overs = (found.over(role, what) for what in SAVED)
+    memory, time = (Message("memory.beside", change=change(over)) if over else None for over in overs)
     numbers = means_of(found.runs[role], ("steps_bytes", "step_seconds"))
     at_floor = Message("memory.is_floor") if role in found.at_floor() else None
     peak, steps = Message("memory.peak", value=found.peak(role)), Message("memory.rest", **numbers)
     return clauses([peak, memory, at_floor, steps, time])
 
 
-def _overheads(found: Savings, role: str) -> tuple[Overhead | None, Overhead | None]:
-    """Return what an arm takes beside the baseline in memory and in time; the baseline nothing."""
-    return (None, None) if role == BASELINE else (found.memory(role), found.time(role))
-
-
 def _findings(found: Savings) -> list[Finding]:
     """Say of each arm whether its peak and its time differ from the baseline's."""
     findings = []
-    for role in found.others:
-        for what, over in zip(("memory", "time"), _overheads(found, role), strict=True):
-            if over is not None:
-                verdict = "single" if math.isnan(over.low) else over.verdict
-                sentence = Message(f"memory.{what}_{verdict}", name=_name(role), **over.values)
-                findings.append(over.finding(sentence))
+    for role, what in itertools.product(found.others, SAVED):
+        if (over := found.over(role, what)) is not None:
+            verdict = "single" if math.isnan(over.low) else over.verdict
+            sentence = Message(f"memory.{what}_{verdict}", name=_name(role), **added(over))
+            findings.append(finding(sentence, over))
     return findings
 
 
 def _advice(found: Savings) -> dict[str, Any]:
     """Return the fields of the cheapest arm, without those that every arm has; none unless its peak is lower."""
     best = found.cheapest()
-    saved = None if best is None else found.memory(best)
+    saved = None if best is None else found.over(best, "memory")
     if best is None or saved is None or saved.verdict != "better":
         return {}
     fields = {k: v for k, v in found.runs[best][0].arm.fields.items() if k not in SHARED}
@@ -169,12 +167,9 @@ def _advice(found: Savings) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if (k, v) != ("pass_tokens", WHOLE)}
 
 
-PARTS = ("start_bytes", "loading_bytes", "held_bytes", "steps_bytes")
-
-
 def _table(found: Savings) -> Table:
     """Return every arm: its memory in its parts, its time, its curve."""
-    memory, time = (Column(name, label=Message("column.over_baseline")) for name in ("memory", "time"))
+    memory, time = (Column(what, label=Message("column.over_baseline")) for what in SAVED)
     parts = (f"{name}:bytes" for name in PARTS)
     times = ("step_seconds:seconds", time, "curve", "at_end:signed percent", "pareto")
     shown = columns("method", "arm", "peak_bytes:bytes", memory, *parts, *times)
@@ -182,10 +177,9 @@ def _table(found: Savings) -> Table:
     for role, runs in found.runs.items():
         row: dict[str, Any] = {"method": _name(role), "arm": runs[0].arm.name}
         row |= means_of(runs, ("peak_bytes", *PARTS, "step_seconds"))
+        row |= {what: change(over) for what in SAVED if (over := found.over(role, what)) is not None}
         row["pareto"] = Message("answer.yes") if role in front else None
         if role != BASELINE:
-            over = zip(("memory", "time"), _overheads(found, role), strict=True)
-            row |= {what: own and own.change for what, own in over}
             row |= {"curve": _curve(found, role), "at_end": found.at_end(role)}
         rows.append(row)
     return Table(title=Message("memory.table"), columns=shown, rows=rows)

@@ -4,15 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from loralab.models.load import Base
 from loralab.models.quantize import gguf_file
 from loralab.studies.contrast import Contrast
-from loralab.studies.evidence import Metric, claim, finding, metric_of
+from loralab.studies.evidence import MARGIN, Metric, claim, finding, metric_of
 from loralab.studies.measures.carried import REFERENCE
 from loralab.studies.measures.drift import MEASURE_DRIFT, NOTED
-from loralab.studies.measures.merging import MEASURE_MERGING, has_fp16
+from loralab.studies.measures.merging import AFTER, BEFORE, MEASURE_MERGING, has_fp16
 from loralab.studies.message import Chart, Column, Message, Table, columns, sentences
-from loralab.studies.readings.merges import Drift, drifts_of, kept_change, merged_change, resolution
+from loralab.studies.statistics import difference, median_contrast
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
 
@@ -28,6 +30,7 @@ EXPECTED = 1e-6  # the source's own expectation of the difference in loss
 SHOWN = (1, 10, 100)  # merges of the table of drifts
 LOSS = Metric(name="loss")
 Forms = Mapping[str, Record]
+Drift = Mapping[str, Any]  # a row of measures/drift.py: the weights of one dtype
 
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
@@ -62,14 +65,11 @@ def _arm(name: str, setup: StudySetup) -> Arm:
 def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return what merging changed in each form of the base, and what a hundred merges leave."""
     forms = {r.arm.name: r for r in records if "loss_difference" in r.numbers}
-    drifts = drifts_of(records)
+    drifts = [row for record in records for row in record.tables.get("drift", ())]
     if not forms and not drifts:
         return replace(nothing_measured(setup), blanks=_blanks(forms))
     metric = metric_of([*forms.values(), *records], setup)
-    changes = [
-        *(_finding(r, LOSS, merged_change(r, LOSS, len(forms), " loss")) for r in forms.values()),
-        *(_finding(r, metric, merged_change(r, metric, len(forms))) for r in forms.values()),
-    ]
+    changes = [_finding(r, own, len(forms)) for own in (LOSS, metric) for r in forms.values()]
     return Answer(
         sentence=_sentence(forms, drifts),
         findings=[*filter(None, changes), *_kept(forms.get(AGAIN)), *(_off(d, len(drifts)) for d in drifts)],
@@ -80,10 +80,15 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     )
 
 
+def off(drift: Drift, merges: int) -> float:
+    """Return |W - W0| / |W0| after so many merges, the mean of the modules."""
+    return float(np.mean([curve[NOTED.index(merges)] for curve in drift["relative"]]))
+
+
 def _sentence(forms: Forms, drifts: Sequence[Drift]) -> Message:
     """Say fp32 first, then what else moved, then the way back."""
     others = [Message("merge.form", arm=n, **_said(r)) for n, r in forms.items() if n not in ("fp32", AGAIN)]
-    kept = kept_change(forms.get(AGAIN))
+    kept = _kept_change(forms.get(AGAIN))
     parts = [
         _fp32(forms["fp32"]) if "fp32" in forms else None,
         Message("merge.others", parts=others) if others else None,
@@ -100,10 +105,10 @@ def _fp32(record: Record) -> Message:
 
 
 def _way_back(drifts: Sequence[Drift]) -> Message:
-    if not all(drift.exact for drift in drifts):
+    if not all(drift["exact"] for drift in drifts):
         return Message("merge.defect")
-    worst = max(drifts, key=lambda drift: drift.off(NOTED[-1]))
-    return Message("merge.way_back", precision=worst.precision, off=worst.off(NOTED[-1]))
+    worst = max(drifts, key=lambda drift: off(drift, NOTED[-1]))
+    return Message("merge.way_back", precision=worst["precision"], off=off(worst, NOTED[-1]))
 
 
 def _said(record: Record) -> dict[str, Any]:
@@ -113,10 +118,16 @@ def _said(record: Record) -> dict[str, Any]:
     return {"difference": n["loss_difference"], "loss": n["loss_before"], "answers": answers}
 
 
-def _finding(record: Record, metric: Metric, change: Contrast | None) -> Finding | None:
-    """Say whether rows changed; a loss that moves by less than the source expects is rounding."""
-    if change is None:
+def _finding(record: Record, metric: Metric, family: int) -> Finding | None:
+    """Compare a model merged with itself unmerged, row by row; None where no row has a value.
+
+    A loss that moves by less than the source expects is rounding.
+    """
+    kind = " loss" if metric == LOSS else ""
+    now, was = (record.items.get(f"{side}{kind}", ()) for side in (AFTER, BEFORE))
+    if not now:
         return None
+    change = difference([now], [was], comparisons=family, margin=metric.margin_at(abs(float(np.mean(was)))))
     name = record.arm.name
     after = name if name == AGAIN else Message("merge.merged", arm=name)
     before = Message("merge.unmerged", arm="NF4" if name == AGAIN else name)
@@ -126,9 +137,15 @@ def _finding(record: Record, metric: Metric, change: Contrast | None) -> Finding
     return found
 
 
+def _kept_change(record: Record | None) -> Contrast | None:
+    """Compare what packing again keeps of the update with all of it, over layers."""
+    kept = record.series.get("kept", ()) if record is not None else ()
+    return median_contrast([share - 1 for share in kept], margin=MARGIN / 100) if kept else None
+
+
 def _kept(record: Record | None) -> list[Finding]:
     """Say how much of the update NF4 keeps, over the layers."""
-    change = kept_change(record)
+    change = _kept_change(record)
     if change is None:
         return []
     shares = {"kept": 1 + change.estimate, "low": 1 + change.low, "high": 1 + change.high}
@@ -136,10 +153,11 @@ def _kept(record: Record | None) -> list[Finding]:
 
 
 def _off(drift: Drift, family: int) -> Finding:
-    """Say how far subtracting leaves the weights of a dtype off, over the modules."""
-    change = drift.change(family)
+    """Say how far subtracting leaves the weights of a dtype off, over the modules; what is off counts as worse."""
+    last = [curve[-1] for curve in drift["relative"]]
+    change = difference([[0.0] * len(last)], [last], comparisons=family)
     shares = {"off": -change.estimate, "low": -change.high, "high": -change.low}
-    return finding(Message("merge.off", precision=drift.precision, **shares), change)
+    return finding(Message("merge.off", precision=drift["precision"], **shares), change)
 
 
 def _blanks(forms: Forms) -> list[tuple[Message | str, Message]]:
@@ -148,7 +166,8 @@ def _blanks(forms: Forms) -> list[tuple[Message | str, Message]]:
     names = dict.fromkeys(("fp32", *forms))
     told = {name: _difference(forms[name]) if name in forms else missing for name in names}
     (first, *others) = [(Message("merge.difference_label", arm=name), said) for name, said in told.items()]
-    return [first, (Message("merge.expected_label"), _expectation(forms.get("fp32")) or missing), *others]
+    expected = _expectation(forms["fp32"]) if "fp32" in forms else missing
+    return [first, (Message("merge.expected_label"), expected), *others]
 
 
 def _difference(record: Record) -> Message:
@@ -157,13 +176,12 @@ def _difference(record: Record) -> Message:
     return Message("merge.difference", share=share, **_said(record))
 
 
-def _expectation(record: Record | None) -> Message | None:
-    if record is None:
-        return None
+def _expectation(record: Record) -> Message:
     n = record.numbers
     if n["loss_difference"] < EXPECTED:
         return Message("claim.holds")
-    return Message("merge.not_expected", unit=resolution(n["loss_before"]))
+    unit = float(np.spacing(np.float32(abs(n["loss_before"]))))  # to the next number that fp32 holds
+    return Message("merge.not_expected", unit=unit)
 
 
 def _fp16(record: Record | None) -> Message | None:
@@ -198,29 +216,29 @@ def _drift_table(drifts: Sequence[Drift], records: Sequence[Record]) -> list[Tab
     numbers = next(r.numbers for r in records if r.tables.get("drift"))
     rows = [
         {
-            "weights": drift.precision,
-            **{f"after_{n}": drift.off(n) for n in SHOWN},
-            "differing": drift.differing,
-            "base_kl": drift.kl,
-            "top1": drift.top1,
-            "put_back": Message("merge.exact" if drift.exact else "merge.not_exact"),
+            "weights": drift["precision"],
+            **{f"after_{n}": off(drift, n) for n in SHOWN},
+            "differing": float(np.mean(drift["changed"])),
+            "base_kl": drift["kl"],
+            "top1": drift["top1"],
+            "put_back": Message("merge.exact" if drift["exact"] else "merge.not_exact"),
         }
         for drift in drifts
     ]
-    off = (Column(f"after_{n}", ".2g", Message("merge.off_after", merges=n)) for n in SHOWN)
-    shown = columns("weights", *off, "differing:fine percent", "base_kl:.2g", "top1:fine percent", "put_back")
+    after = (Column(f"after_{n}", ".2g", Message("merge.off_after", merges=n)) for n in SHOWN)
+    shown = columns("weights", *after, "differing:fine percent", "base_kl:.2g", "top1:fine percent", "put_back")
     title = Message("merge.drifts", modules=numbers["modules"], total=numbers["of"])
     return [Table(title=title, columns=shown, rows=rows)]
 
 
 def _charts(forms: Forms, drifts: Sequence[Drift]) -> list[Chart]:
     """Return the drift against merges, and how much merging moves beside how much the adapter moves."""
-    points = [{"arm": drift.precision, "x": n, "y": drift.off(n)} for drift in drifts for n in NOTED]
+    points = [{"arm": drift["precision"], "x": n, "y": off(drift, n)} for drift in drifts for n in NOTED]
     lines = [point for point in points if point["y"]]
     numbers = {name: record.numbers for name, record in forms.items() if record.numbers["effect_kl"] > 0}
     bars = [{"arm": name, "value": n["kl"] / n["effect_kl"]} for name, n in numbers.items()]
-    off, kl = Message("merge.drift_chart"), Message("merge.kl_chart")
+    title, kl = Message("merge.drift_chart"), Message("merge.kl_chart")
     merges, distance, weights = Message("axis.merges"), Message("axis.drift"), Message("column.weights")
     logs, form, share = {"log_x": True, "log_y": True}, Message("column.form"), Message("axis.share")
-    drawn = [Chart("lines", "merge-drift", off, lines, merges, distance, weights, logs)] if lines else []
+    drawn = [Chart("lines", "merge-drift", title, lines, merges, distance, weights, logs)] if lines else []
     return drawn + ([Chart("bars", "merge-kl", kl, bars, form, share, options={"percent": True})] if bars else [])

@@ -3,41 +3,33 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from loralab.errors import ConfigError, nearest
 from loralab.models.load import Base
 from loralab.studies.compare import score_chart
-from loralab.studies.contrast import CONFIDENCE
-from loralab.studies.evidence import Metric, by_arm, claim, metric_of, scores_table
+from loralab.studies.contrast import CONFIDENCE, Contrast
+from loralab.studies.evidence import Metric, by_arm, claim, finding, metric_of, scores_table
 from loralab.studies.measures.system import ALONE, MEASURE_SYSTEM, MEASURE_TASK, MIXED, SIZES, TURN
-from loralab.studies.message import Chart, Column, Message, Table, sentences
+from loralab.studies.message import Chart, Column, Message, Table, columns, sentences
 from loralab.studies.ranking import ranked
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.timing import Overhead, overhead
+from loralab.studies.timing import added, change, overhead
 from loralab.tasks.catalog import TASKS
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
 MEASURE = MEASURE_TASK
 SYSTEM = "system"
-TEN = (
-    "movie-reviews",
-    "tweets",
-    "amazon-reviews",
-    "nyt-editorials",
-    "movie-reviews-strength",
-    "tweets-strength",
-    "amazon-reviews-strength",
-    "nyt-editorials-strength",
-    "text-source",
-    "rater-agreement",
-)
+RATED = ("movie-reviews", "tweets", "amazon-reviews", "nyt-editorials")
+TEN = (*RATED, *(f"{name}-strength" for name in RATED), "text-source", "rater-agreement")
 READERS = ("sequence-classification", "causal-lm")
 RATE = 3e-3  # LoRA's usual one is for longer runs
 ALIKE = 1e-4  # of the largest logit: what fp32 may differ by when sums are taken in another order
 WAYS = {MIXED: "mixed", TURN: "in_turn", ALONE: "alone"}
+Medians = Mapping[int, Mapping[str, float]]
 LABELS = tuple(Message(f"multitask.{name}_label") for name in ("storage", "loading", "batching", "design"))
 
 
@@ -48,10 +40,8 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
         ConfigError: a task is neither named nor a file, or there is only one.
     """
     names = _tasks(setup, base)
-    fields = {"method": "lora", "rank": 8, "learning_rate": _rate(setup)}
-    own = [
-        Arm(name=name, fields=fields, options={"measure": MEASURE_TASK, "task": name}, tuned=False) for name in names
-    ]
+    shared: dict[str, Any] = {"fields": {"method": "lora", "rank": 8, "learning_rate": _rate(setup)}, "tuned": False}
+    own = [Arm(name=name, options={"measure": MEASURE_TASK, "task": name}, **shared) for name in names]
     options = {"measure": MEASURE_SYSTEM, "arms": [asdict(arm) for arm in own]}
     return [*own, Arm(name=SYSTEM, options=options, tuned=False, plain=True)]
 
@@ -64,11 +54,9 @@ def _tasks(setup: StudySetup, base: Base) -> list[str]:
     """Return the tasks asked for; else the ten, the study's own data in front."""
     if not setup.values:
         if base.kind not in READERS:
-            message = (
-                f"the ten tasks are texts with labels, and this model is of the kind {base.kind}; "
-                "name your own tasks: --values a.csv,b.csv"
-            )
-            raise ConfigError(message, code="wrong_kind", field="values")
+            message = f"the ten tasks are texts with labels, and this model is of the kind {base.kind}"
+            hint = "name your own tasks: --values a.csv,b.csv"
+            raise ConfigError(f"{message}; {hint}", code="wrong_kind", field="values")
         return [setup.data, *[name for name in TEN if name != setup.data][: len(TEN) - 1]]
     for name in setup.values:
         if name not in TASKS and not Path(name).exists():
@@ -97,20 +85,21 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     )
     if system is None:
         return answer
-    equal, quicker = _equal(system), [_quicker(rows, over) for rows, over in speeds(system).items()]
+    equal, over = _equal(system), speeds(system)
+    quicker = [_quicker(rows, own) for rows, own in over.items()]
     ends = dict.fromkeys([*quicker[:1], *quicker[-1:]])  # fewest and most rows
-    said = [_stored(system), _loading(system), _batching(quicker, equal), _design(system, learnt)]
+    medians = _medians(system)
     return replace(
         answer,
-        sentence=sentences(_bytes(system), equal.sentence, *(finding.sentence for finding in ends)),
+        sentence=sentences(_bytes(system), equal.sentence, *(own.sentence for own in ends)),
         findings=[equal, *quicker, *learnt],
-        blanks=list(zip(LABELS, said, strict=True)),
-        tables=[_storage_table(system), _times_table(system), *answer.tables],
-        figures=[_times_chart(system), *answer.figures],
+        blanks=list(zip(LABELS, _said(system, equal, quicker, learnt), strict=True)),
+        tables=[_storage_table(system), _times_table(medians, over), *answer.tables],
+        figures=[_times_chart(medians), *answer.figures],
     )
 
 
-def speeds(system: Record) -> dict[int, Overhead]:
+def speeds(system: Record) -> dict[int, Contrast]:
     """Return by size of a batch how much longer mixing takes than one adapter after the other, trial by trial."""
     sides = {rows: [system.series.get(f"{way} {rows}", ()) for way in (MIXED, TURN)] for rows in SIZES}
     able = {rows: pair for rows, pair in sides.items() if len(pair[0]) == len(pair[1]) > 1}
@@ -144,9 +133,8 @@ def _equal(system: Record) -> Finding:
     return Finding(sentence=Message(key, **values), holds=alike(system))
 
 
-def _quicker(rows: int, over: Overhead) -> Finding:
-    """Say how much less time a mixed batch takes, or that it does not."""
-    return over.finding(Message(f"multitask.mixing_{over.verdict}", rows=rows, **over.values))
+def _quicker(rows: int, over: Contrast) -> Finding:
+    return finding(Message(f"multitask.mixing_{over.verdict}", rows=rows, **added(over)), over)
 
 
 def _learnt(name: str, runs: Sequence[Record], metric: Metric) -> Finding | None:
@@ -159,56 +147,44 @@ def _learnt(name: str, runs: Sequence[Record], metric: Metric) -> Finding | None
     return claim(contrast, metric, names=(name, Message("multitask.commonest")))
 
 
-def _stored(system: Record) -> Message:
-    """Fill in how adapters are stored."""
-    one, model = system.numbers["adapter_bytes"], system.numbers["model_bytes"]
-    return Message("multitask.storage", adapter=one, model=model, share=one / model)
-
-
-def _loading(system: Record) -> Message:
-    """Fill in how adapters are loaded."""
-    names = ("cold_seconds", "warm_seconds", "model_seconds")
-    room = 1e9 // system.numbers["adapter_bytes"]
-    return Message("multitask.loading", room=room, **{name: system.numbers[name] for name in names})
-
-
-def _batching(quicker: Sequence[Finding], equal: Finding) -> Message:
-    """Fill in how one batch holds different adapters."""
-    return sentences(Message("multitask.batching"), *(finding.sentence for finding in quicker), equal.sentence)
-
-
-def _design(system: Record, learnt: Sequence[Finding]) -> Message:
-    worked = sum(finding.verdict == "better" for finding in learnt)
-    mixes = alike(system) and any(over.verdict == "better" for over in speeds(system).values())
-    return Message("multitask.design_mix" if mixes else "multitask.design_group", worked=worked, count=len(learnt))
+def _said(system: Record, equal: Finding, quicker: Sequence[Finding], learnt: Sequence[Finding]) -> list[Message]:
+    """Fill in how adapters are stored, loaded and mixed in a batch, and the design that follows."""
+    numbers = system.numbers
+    one, model = numbers["adapter_bytes"], numbers["model_bytes"]
+    seconds = {name: numbers[name] for name in ("cold_seconds", "warm_seconds", "model_seconds")}
+    worked = sum(own.verdict == "better" for own in learnt)
+    mixes = equal.holds and any(own.verdict == "better" for own in quicker)
+    return [
+        Message("multitask.storage", adapter=one, model=model, share=one / model),
+        Message("multitask.loading", room=1e9 // one, **seconds),
+        sentences(Message("multitask.batching"), *(own.sentence for own in (*quicker, equal))),
+        Message("multitask.design_mix" if mixes else "multitask.design_group", worked=worked, count=len(learnt)),
+    ]
 
 
 def _storage_table(system: Record) -> Table:
     count = round(system.numbers["adapters"])
     rows = [{"stored": Message(f"multitask.{key}", count=count), "bytes": size} for key, size in _sizes(system).items()]
-    columns = (Column("stored"), Column("bytes", "bytes"))
-    return Table(title=Message("multitask.storage_table"), columns=columns, rows=rows)
+    return Table(title=Message("multitask.storage_table"), columns=columns("stored", "bytes:bytes"), rows=rows)
 
 
-def _times_table(system: Record) -> Table:
-    """Return the median time of a batch in each of the ways."""
-    medians = _medians(system)
-    rows = [{"rows": n, **medians[n], "change": over.change} for n, over in speeds(system).items()]
-    ways = (Column(name, "seconds", label=Message(f"multitask.{name}")) for name in WAYS.values())
-    columns = (Column("rows"), *ways, Column("change", label=Message("multitask.change")))
-    return Table(title=Message("multitask.times_table"), columns=columns, rows=rows)
-
-
-def _medians(system: Record) -> Mapping[int, Mapping[str, float]]:
+def _medians(system: Record) -> Medians:
     """Return the median seconds of a batch by its size and way; ways that were not timed are left out."""
     times = {n: {name: system.series.get(f"{way} {n}") for way, name in WAYS.items()} for n in SIZES}
     return {n: {name: float(np.median(own)) for name, own in ways.items() if own} for n, ways in times.items()}
 
 
-def _times_chart(system: Record) -> Chart:
+def _times_table(medians: Medians, over: Mapping[int, Contrast]) -> Table:
+    rows = [{"rows": n, **medians[n], "change": change(own)} for n, own in over.items()]
+    ways = (Column(name, "seconds", label=Message(f"multitask.{name}")) for name in WAYS.values())
+    shown = columns("rows", *ways, Column("change", label=Message("multitask.change")))
+    return Table(title=Message("multitask.times_table"), columns=shown, rows=rows)
+
+
+def _times_chart(medians: Medians) -> Chart:
     rows = [
         {"arm": str(n), "group": Message(f"multitask.{name}"), "value": 1e3 * seconds}
-        for n, ways in _medians(system).items()
+        for n, ways in medians.items()
         for name, seconds in ways.items()
     ]
     axes = (Message("column.rows"), Message("axis.milliseconds"), Message("axis.way"))

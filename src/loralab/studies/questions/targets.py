@@ -9,7 +9,7 @@ from loralab.studies.budgets import Fields, largest_rank, solved, trained_parame
 from loralab.studies.compare import Comparison, compare_arms, score_chart
 from loralab.studies.evidence import Metric, mean_of, parameters, score_column
 from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, layers_table, source_names, update_chart
-from loralab.studies.message import Column, Message, Table, columns, sentences
+from loralab.studies.message import Message, Table, columns, sentences
 from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice, singles
 from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, open_rivals
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
@@ -125,12 +125,12 @@ def rank_of(name: str) -> int:
 
 def _sentence(found: Comparison, by_rank: Arms, by_size: Arms) -> Message:
     """Say who leads each family, and what to take."""
-    parts = []
-    if len(by_size) > 1:
-        parts.append(Message("ranking.at_budget", parameters=_budget(by_size), ranking=found.order(by_size)))
-    if len(by_rank) > 1:
-        parts.append(Message("targets.at_rank", rank=RANK, ranking=found.order(by_rank)))
-    return sentences(*parts, found.recommendation)
+    size, rank = (found.order(family) if len(family) > 1 else None for family in (by_size, by_rank))
+    return sentences(
+        size and Message("ranking.at_budget", parameters=_budget(by_size), ranking=size),
+        rank and Message("targets.at_rank", rank=RANK, ranking=rank),
+        found.recommendation,
+    )
 
 
 def _budget(by_size: Arms) -> float:
@@ -162,14 +162,8 @@ def _blanks(found: Comparison) -> list[tuple[Message, Message]]:
 
 def _described(name: str, found: Comparison) -> Message:
     runs, metric = found.arms[name], found.metric
-    return Message(
-        "targets.described",
-        arm=name,
-        parameters=parameters(runs),
-        step=mean_of(runs, "step_seconds"),
-        metric=metric.text,
-        score=metric.scored(runs),
-    )
+    facts = {"parameters": parameters(runs), "step": mean_of(runs, "step_seconds"), "score": metric.scored(runs)}
+    return Message("targets.described", arm=name, metric=metric.text, **facts)
 
 
 def _size_table(trained: Arms, by_size: Arms, metric: Metric) -> Table:
@@ -185,9 +179,9 @@ def _size_table(trained: Arms, by_size: Arms, metric: Metric) -> Table:
         }
         for name, runs in trained.items()
     ]
-    shown = columns("layers", "rank", "adapter_parameters:count", "off_budget:signed percent", score_column(metric))
-    title = Message("table.layers_and_budget")
-    return Table(title=title, columns=[*shown, Column("step_seconds", "seconds")], rows=rows)
+    size = ("adapter_parameters:count", "off_budget:signed percent")
+    shown = columns("layers", "rank", *size, score_column(metric), "step_seconds:seconds")
+    return Table(title=Message("table.layers_and_budget"), columns=shown, rows=rows)
 
 
 def _not_at_budget(trained: Arms, by_size: Arms) -> Message | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from loralab.adapters.methods import FullFineTune
 from loralab.errors import ConfigError
@@ -24,60 +23,49 @@ __all__ = ["MEASURE", "arms", "conclude"]
 RANK = 8
 PROBE, FULL, ANATOMY = "linear-probe", "full", "anatomy"
 SHORT = ("q+v", ALL)
-ARCHITECTURE, LAYERS, PERFORMANCE, PLAN = (
-    Message(f"vision.ask_{name}") for name in ("architecture", "layers", "performance", "plan")
-)
+LABELS = [Message(f"vision.ask_{name}") for name in ("architecture", "layers", "performance", "plan")]
 
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return a linear probe, LoRA by choice of layers, a full fine-tune; what the model is made of."""
     if not kind_named(base.kind).pictures:
-        raise ConfigError(
-            f"the study vision needs a vision model and pictures, {base.name} is {base.kind}; "
-            "take --model dinov2-s --data digits, or a folder of pictures by class",
-            code="no_pictures",
-            field="model",
-        )
+        text = f"the study vision needs a vision model and pictures, {base.name} is {base.kind}"
+        hint = "take --model dinov2-s --data digits, or a folder of pictures by class"
+        raise ConfigError(f"{text}; {hint}", code="no_pictures", field="model")
     able = choices(base.model)
     for value in setup.values:
         require_choice(value, base.name, able)
     wanted = setup.chosen(CHOICES, SHORT if setup.quick else CHOICES)
     fields = {name: REFERENCE if name == ALL else {**REFERENCE, "target_modules": able[name]} for name in able}
+    rate = _full_rate(setup)
     return [
         Arm(name=PROBE, fields={"method": PROBE}),
         *(Arm(name=f"{name} r={RANK}", fields=fields[name]) for name in able if name in wanted),
-        _full(setup),
+        Arm(name=FULL, fields={"method": FULL} if rate is None else {"method": FULL, "learning_rate": rate}),
         Arm(name=ANATOMY, options={"measure": MEASURE_ANATOMY}, tuned=False, plain=True),
     ]
 
 
-def _full(setup: StudySetup) -> Arm:
-    """Return the full fine-tune; quick rates all lie above its usual one, so there it keeps that."""
-    fields: dict[str, Any] = {"method": FULL}
-    if setup.quick and not setup.fixed_lr:
-        fields["learning_rate"] = usual_rate(FullFineTune())
-    return Arm(name=FULL, fields=fields)
+def _full_rate(setup: StudySetup) -> float | None:
+    """Return the rate of the full fine-tune where it is not searched: quick ones all lie above its usual one."""
+    return usual_rate(FullFineTune()) if setup.quick and not setup.fixed_lr else None
 
 
 def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return whether LoRA beats the probe, which layers it needs, and how far the full fine-tune is."""
     found = compare_arms(records, setup, aside=(PROBE, FULL), floor=PROBE)
     tables = {name: rows for r in records if r.arm.name == ANATOMY for name, rows in r.tables.items()}
-    anatomy, architecture = anatomy_table(tables), (ARCHITECTURE, likeness(tables))
+    first, *labels = LABELS
+    anatomy, architecture = anatomy_table(tables), (first, likeness(tables))
     if found is None:
-        empty = nothing_measured(setup, (LAYERS, PERFORMANCE, PLAN))
+        empty = nothing_measured(setup, labels)
         return replace(empty, tables=anatomy, blanks=[architecture, *empty.blanks])
     findings, layers = _findings(found), _layers(found)
-    rate = usual_rate(FullFineTune()) if setup.quick and not setup.fixed_lr else None
+    rate = _full_rate(setup)
     return found.answer(
         sentence=sentences(_against(found), layers),
         findings=findings,
-        blanks=[
-            architecture,
-            (LAYERS, layers),
-            (PERFORMANCE, _performance(found)),
-            (PLAN, _plan(found, findings, setup)),
-        ],
+        blanks=[architecture, *zip(labels, (layers, _performance(found), _plan(found, findings, setup)), strict=True)],
         tables=[*anatomy, found.scores],
         figures=[score_chart("vision", found.every, found.metric, Message("axis.trained_part"))],
         method=sentences(Message("vision.method"), Message("vision.full_rate", rate=rate) if rate else None),
@@ -89,20 +77,16 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
 def _against(found: Comparison) -> Message:
     """Say how the best choice of layers stands against the probe and the full fine-tune."""
     best = leader(found.ranking)
-    score = found.metric.value(mean_of(found.arms[best], "score"))
-    return Message(
-        "vision.against", arm=best, score=score, parts=[_versus(found, best, name) for name in (PROBE, FULL)]
-    )
+    score, versus = found.metric.value(mean_of(found.arms[best], "score")), (PROBE, FULL)
+    return Message("vision.against", arm=best, score=score, parts=[_versus(found, best, name) for name in versus])
 
 
 def _versus(found: Comparison, best: str, rival: str) -> Message:
     if rival not in found.every:
         return Message("vision.versus_missing", rival=rival)
     contrast = found.ranking.contrast(best, rival)
-    score = found.metric.value(mean_of(found.every[rival], "score"))
-    return Message(
-        f"vision.versus_{contrast.verdict}", rival=rival, score=score, size=found.metric.change(contrast.estimate)
-    )
+    score, size = found.metric.value(mean_of(found.every[rival], "score")), found.metric.change(contrast.estimate)
+    return Message(f"vision.versus_{contrast.verdict}", rival=rival, score=score, size=size)
 
 
 def _layers(found: Comparison) -> Message:

@@ -15,7 +15,6 @@ from loralab.studies.message import Message
 from loralab.studies.readings.latencies import Timings
 from loralab.studies.statistics import difference
 from loralab.studies.study import Record, StudySetup
-from loralab.studies.timing import Overhead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ class Deployed(Timings):
         wanted = chance / max(1, sum(min(2, len(self.times[way])) for way in self.ways))
         return 1 - min(chance, max(wanted, 1.0001 * 2.0 ** (1 - trials)))
 
-    def at_first(self, way: Way | str) -> Overhead | None:
+    def at_first(self, way: Way | str) -> Contrast | None:
         """Return how much longer a way, or the way of a variant, takes than its control at the smallest batch."""
         return self.over(self.named(way) if isinstance(way, str) else way, self.batches[0])
 
@@ -111,7 +110,7 @@ class Deployed(Timings):
         found = self.over(self.named(UNMERGED), 1, self.named(MERGED))
         if found is None or found.verdict != "worse" or "switch_seconds" not in self.numbers:
             return None
-        return self.numbers["switch_seconds"] / (found.share * self.middle(self.named(MERGED), 1))
+        return self.numbers["switch_seconds"] / (-found.estimate * self.middle(self.named(MERGED), 1))
 
     @property
     def gain(self) -> tuple[Way, int, float] | None:

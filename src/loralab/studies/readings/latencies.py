@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from loralab.studies.contrast import CONFIDENCE
+from loralab.studies import timing
+from loralab.studies.contrast import CONFIDENCE, Contrast
+from loralab.studies.evidence import finding
 from loralab.studies.measures.passes import MERGED, PLAIN, Shape, Way
 from loralab.studies.message import Chart, Column, Message, Table, clauses
 from loralab.studies.study import Finding, Record
-from loralab.studies.timing import MARGIN, Overhead, growth, overhead, time_range
+from loralab.studies.timing import MARGIN, change, growth, overhead, time_range
 
 BASE: Way = (PLAIN, PLAIN)
 # adapters over the base at (1, 128), (16, 256), (32, 512)
@@ -39,7 +41,7 @@ class Timings:
         """Return how sure an interval shall be; each is one of its own here."""
         return CONFIDENCE
 
-    def over(self, way: Way | None, shape: Any, than: Way | None = None) -> Overhead | None:
+    def over(self, way: Way | None, shape: Any, than: Way | None = None) -> Contrast | None:
         """Return how much longer a way takes than what it stands against, or than another; None if not timed."""
         if way is None:
             return None
@@ -54,7 +56,7 @@ class Timings:
     def cell(self, way: Way, shape: Any) -> Message:
         """Write the range of a time, and what it is beyond the time that it stands against."""
         over = None if way == self.against(way) else self.over(way, shape)
-        return clauses([time_range(self.times[way][shape]), over and over.change])
+        return clauses([time_range(self.times[way][shape]), None if over is None else change(over)])
 
     def chart(
         self, name: str, title: Message, by: Message, called: Callable[[Way], Any], written: Callable[[Any], str]
@@ -66,7 +68,7 @@ class Timings:
         """
         pairs = [(way, shape) for way, own in self.times.items() if way != self.against(way) for shape in own]
         rows = [
-            {"arm": called(way), "value": over.share, "group": written(shape)}
+            {"arm": called(way), "value": -over.estimate, "group": written(shape)}
             for way, shape in pairs
             if (over := self.over(way, shape)) is not None
         ]
@@ -98,7 +100,7 @@ class Latencies(Timings):
         known = [way for way, times in self.times.items() if way != BASE and self.shapes and self.shapes[0] in times]
         return [way for way in known if variant is None or way[0] == variant]
 
-    def growth(self, way: Way) -> Overhead | None:
+    def growth(self, way: Way) -> Contrast | None:
         """Return the overhead of the largest shape less that of the smallest; None if one was not timed."""
         sides = [[self.times.get(w, {}).get(shape) for shape in self.shapes] for w in (way, BASE)]
         if len(self.shapes) < 2 or not all(times for side in sides for times in side):
@@ -108,7 +110,7 @@ class Latencies(Timings):
 
     def least(self, variant: str) -> float:
         """Return the overhead at the smallest shape in the quickest way of a variant; inf if not timed."""
-        shares = [over.share for way in self.ways(variant) if (over := self.over(way, self.shapes[0])) is not None]
+        shares = [-over.estimate for way in self.ways(variant) if (over := self.over(way, self.shapes[0])) is not None]
         return min(shares, default=math.inf)
 
     def name(self, way: Way) -> Message | str:
@@ -127,7 +129,7 @@ def in_short(times: Latencies, variant: str) -> Message:
     parts = []
     for way in times.ways(variant):
         over, seconds = times.over(way, times.shapes[0]), times.middle(way, times.shapes[0])
-        time = Message("methods.time", seconds=seconds, share=over and over.share)
+        time = Message("methods.time", seconds=seconds, share=over and -over.estimate)
         parts.append(Message(f"methods.time_{way[1]}", time=time) if (variant, MERGED) in times.times else time)
     return clauses(parts) if parts else Message("answer.not_measured")
 
@@ -139,7 +141,7 @@ def added(times: Latencies) -> Message | None:
         return None
     shape = times.shapes[0]
     parts = [
-        Message(f"methods.adds_{over.verdict}", way=times.name(way), margin=MARGIN, over=over.change)
+        Message(f"methods.adds_{over.verdict}", way=times.name(way), margin=MARGIN, over=change(over))
         for way in ways
         if (over := times.over(way, shape)) is not None
     ]
@@ -172,6 +174,6 @@ def pass_findings(times: Latencies) -> list[Finding]:
     overs = {way: over for way in times.ways() if (over := times.over(way, times.shapes[0])) is not None}
     shared = {"shape": format_shape(times.shapes[0]), "margin": MARGIN} if overs else {}
     return [
-        over.finding(Message(f"methods.pass_{over.verdict}", way=times.name(way), **shared, **over.values))
+        finding(Message(f"methods.pass_{over.verdict}", way=times.name(way), **shared, **timing.added(over)), over)
         for way, over in overs.items()
     ]

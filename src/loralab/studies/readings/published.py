@@ -3,11 +3,12 @@
 from collections.abc import Collection, Sequence
 
 from loralab.studies.compare import Comparison
+from loralab.studies.contrast import Contrast
 from loralab.studies.measures.passes import MERGED, UNMERGED
 from loralab.studies.message import Column, Message, Table
 from loralab.studies.ranking import FLOOR
 from loralab.studies.readings.latencies import Latencies
-from loralab.studies.timing import Overhead
+from loralab.studies.timing import change
 
 Row = dict[str, Message | None]
 
@@ -42,9 +43,9 @@ def _passes(times: Latencies) -> list[Row]:
     ]
 
 
-def _timed(name: str, overheads: Sequence[Overhead | None], expected: Collection[str]) -> Row:
+def _timed(name: str, overheads: Sequence[Contrast | None], expected: Collection[str]) -> Row:
     known = [over for over in overheads if over is not None]
-    numbers = Message("join.commas", parts=[over.change for over in known]) if known else None
+    numbers = Message("join.commas", parts=[change(over) for over in known]) if known else None
     here = holds_here([over.verdict for over in known], expected)
     return {"claim": Message(f"methods.{name}"), "here": here, "numbers": numbers}
 

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from loralab.studies.contrast import Contrast
 from loralab.studies.evidence import mean_of
 from loralab.studies.statistics import difference
 from loralab.studies.study import DONE, Record
-from loralab.studies.timing import MARGIN, Overhead
+from loralab.studies.timing import MARGIN
 
 BASELINE = "baseline"
 ASKED = (BASELINE, "accumulation", "mixed", "checkpoint")  # the rows of the source's table
@@ -17,6 +18,11 @@ ROLES = (*ASKED, "together", "nf4", "gguf", "passes", "optimizer")
 ROUNDING, CLOSE = 1e-3, 0.05  # of the baseline's loss: what rounding moves, what keeps the curve
 FEW = 4  # steps of a single run from which no interval is made
 SAME = 0.02  # peaks this close are as good as equal
+COMPARED: Mapping[str, Callable[[Record], Sequence[float]]] = {
+    "memory": lambda record: [record.numbers["peak_bytes"]],
+    "time": lambda record: record.series["step_seconds"],
+    "loss": lambda record: record.series["loss"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,30 +55,23 @@ class Savings:
         """Return the mean peak of an arm in bytes."""
         return mean_of(self.runs[role], "peak_bytes")
 
-    def memory(self, role: str) -> Overhead | None:
-        """Return how much more an arm's peak is than the baseline's; None if they cannot be compared."""
-        return self._over(role, lambda r: [r.numbers["peak_bytes"]])
+    def over(self, role: str, what: str) -> Contrast | None:
+        """Return the share of one of COMPARED that an arm saves of the baseline's, step by step where it has steps.
 
-    def time(self, role: str) -> Overhead | None:
-        """Return how much longer an arm's steps take than the baseline's, step by step."""
-        return self._over(role, lambda r: r.series["step_seconds"])
-
-    def loss(self, role: str) -> Overhead | None:
-        """Return how much higher an arm's losses are than the baseline's, step by step."""
-        return self._over(role, lambda r: r.series["loss"])
-
-    def _over(self, role: str, values: Callable[[Record], Sequence[float]]) -> Overhead | None:
-        pairs = self._pairs(role)
-        sides = [[[math.log(v) for v in values(record)] for record in side] for side in zip(*pairs, strict=True)]
+        None for the baseline itself, and where the two cannot be compared.
+        """
+        pairs = [] if role == BASELINE else self._pairs(role)
+        sides = [
+            [[math.log(v) for v in COMPARED[what](record)] for record in side] for side in zip(*pairs, strict=True)
+        ]
         if not sides or len({len(row) for side in sides for row in side}) > 1:
             return None
         family = max(1, len(self.others))
         saved = difference(sides[1], sides[0], comparisons=family, margin=math.log1p(MARGIN))
-        share = math.expm1(-saved.estimate)
+        low, share, high = (-math.expm1(-log) for log in (saved.low, saved.estimate, saved.high))
         if len(sides[0]) == 1 and len(sides[0][0]) < FEW:
-            return Overhead(share=share, low=math.nan, high=math.nan, verdict="undecided")
-        low, high = math.expm1(-saved.high), math.expm1(-saved.low)
-        return Overhead(share=share, low=low, high=high, verdict=saved.verdict)
+            return replace(saved, estimate=share, low=math.nan, high=math.nan, verdict="undecided")
+        return replace(saved, estimate=share, low=low, high=high)
 
     def _pairs(self, role: str) -> list[tuple[Record, Record]]:
         """Return an arm's runs and the baseline's of the same seeds."""
@@ -97,35 +96,34 @@ class Savings:
         """Tell whether an arm's losses are the baseline's: never further off, or equivalent on the whole."""
         if role == BASELINE or self.curve(role) <= CLOSE:
             return True
-        apart = self.loss(role)
+        apart = self.over(role, "loss")
         return apart is not None and apart.verdict == "equivalent"
 
     def at_floor(self) -> list[str]:
         """Return the arms whose steps need no more than loading did."""
-        return [
-            role
+        floors = {
+            role: [r.numbers["peak_bytes"] <= r.numbers["loading_bytes"] for r in own]
             for role, own in self.runs.items()
-            if all(r.numbers["peak_bytes"] <= r.numbers["loading_bytes"] for r in own)
-        ]
+        }
+        return [role for role, at in floors.items() if all(at)]
+
+    @property
+    def costs(self) -> dict[str, tuple[float, float]]:
+        """Return memory and time of the arms that keep the curve; of none where there is no baseline."""
+        kept = [role for role in self.runs if BASELINE in self.runs and self.keeps(role)]
+        return {role: (self.peak(role), mean_of(self.runs[role], "step_seconds")) for role in kept}
 
     def cheapest(self) -> str | None:
         """Return the arm of the least peak that keeps the curve; of those that come as near, the quickest."""
-        if BASELINE not in self.runs:
-            return None
-        kept = [role for role in self.runs if self.keeps(role)]
-        least = min(self.peak(role) for role in kept)
-        near = [role for role in kept if self.peak(role) <= (1 + SAME) * least]
-        return min(near, key=lambda role: mean_of(self.runs[role], "step_seconds"))
+        least = min((memory for memory, _ in self.costs.values()), default=math.nan)
+        near = {role: time for role, (memory, time) in self.costs.items() if memory <= (1 + SAME) * least}
+        return min(near, key=lambda role: near[role], default=None)
 
     def pareto(self) -> list[str]:
         """Return the arms that keep the curve and that no other such arm beats in memory and in time."""
-        if BASELINE not in self.runs:
-            return []
-        cost = {
-            role: (self.peak(role), mean_of(own, "step_seconds")) for role, own in self.runs.items() if self.keeps(role)
-        }
+        every = self.costs.values()
         return [
             role
-            for role, (memory, time) in cost.items()
-            if not any(m <= memory and t <= time and (m, t) != (memory, time) for m, t in cost.values())
+            for role, (memory, time) in self.costs.items()
+            if not any(m <= memory and t <= time and (m, t) != (memory, time) for m, t in every)
         ]
