@@ -39,13 +39,8 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     head = min(heads, key=lambda own: _loss(own, *scaled["validation"]))
     x, y = scaled["test"]
     right = (logits(head, x).argmax(dim=1) == y).double()
-    numbers = {
-        "score": float(right.mean()),
-        "test_loss": _loss(head, x, y),
-        "parameters": head.numel(),
-        "train_loss": _loss(head, *scaled["train"]),
-        "validation_loss": _loss(head, *scaled["validation"]),
-    }
+    losses = {f"{split}_loss": _loss(head, *rows) for split, rows in scaled.items()}
+    numbers = {"score": float(right.mean()), "parameters": head.numel(), **losses}
     return trial.record(numbers=numbers, items={"score": right.tolist()}, texts={"metric": "accuracy"})
 
 

@@ -56,7 +56,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     left = Table(title=Message("inference.refused"), columns=(Column("variant"), Column("reason")), rows=refused)
     return Answer(
         sentence=_sentence(timed),
-        findings=[*_time_findings(timed), *_score_findings(timed)],
+        findings=_findings(timed),
         blanks=list(zip(LABELS, (_speed(timed), _many(timed), _others(timed), _view(timed)), strict=True)),
         tables=[_times_table(timed), _costs_table(timed), *([left] if refused else [])],
         figures=_charts(timed),
@@ -113,8 +113,8 @@ def _quicker(timed: Deployed, way: Way, over: Contrast) -> Message:
     return Message("inference.quicker_at_a_price", way=called(way), price=price, **added(over))
 
 
-def _time_findings(timed: Deployed) -> list[Finding]:
-    """Compare every way with its control, at the smallest and at the largest batch."""
+def _findings(timed: Deployed) -> list[Finding]:
+    """Compare every way with its control: times at the smallest and the largest batch, then scores, row by row."""
     findings = []
     for way in timed.ways:
         names = {"way": called(way), "control": called(timed.against(way)), "each": _each(timed)}
@@ -122,16 +122,9 @@ def _time_findings(timed: Deployed) -> list[Finding]:
             if over := timed.over(way, batch):
                 sentence = Message(f"inference.takes_{over.verdict}", batch=batch, **names, **added(over))
                 findings.append(finding(sentence, over))
-    return findings
-
-
-def _score_findings(timed: Deployed) -> list[Finding]:
-    """Compare the scores of every way and its control, row by row."""
-    return [
-        claim(change, timed.metric, names=(called(way), called(timed.against(way))))
-        for way in timed.scored
-        if (change := timed.score_change(way)) is not None
-    ]
+    changes = {way: change for way in timed.scored if (change := timed.score_change(way)) is not None}
+    sides = {way: (called(way), called(timed.against(way))) for way in changes}
+    return findings + [claim(change, timed.metric, names=sides[way]) for way, change in changes.items()]
 
 
 def _speed(timed: Deployed) -> Message:

@@ -25,7 +25,7 @@ from loralab.studies.halving import (
     walk,
     with_factor,
 )
-from loralab.studies.message import Column, Message, Table, sentences
+from loralab.studies.message import Column, Message, Table, columns, sentences
 from loralab.studies.prepare import reason_invalid
 from loralab.studies.ranking import LIKELY, claims, ranked
 from loralab.studies.rates import loss_of
@@ -111,12 +111,10 @@ def _rounds_table(rounds: Sequence[Record]) -> Table:
         losses.setdefault(record.arm.name, {})[int(record.numbers["round"])] = loss_of(record)
     # those that went furthest first
     names = sorted(losses, key=lambda name: [losses[name].get(n, math.inf) for n in range(ROUNDS - 1, 0, -1)])
+    lost = Message("recommend.diverged")
     rows = [
-        {"arm": name, **{f"round_{number}": _shown(loss) for number, loss in losses[name].items()}} for name in names
+        {"arm": name, **{f"round_{n}": loss if math.isfinite(loss) else lost for n, loss in losses[name].items()}}
+        for name in names
     ]
-    columns = (Column("arm", label=Message("axis.configuration")), Column("round_1", ".4f"), Column("round_2", ".4f"))
-    return Table(title=Message("recommend.rounds"), columns=columns, rows=rows)
-
-
-def _shown(loss: float) -> Message | float:
-    return loss if math.isfinite(loss) else Message("recommend.diverged")
+    shown = columns(Column("arm", label=Message("axis.configuration")), "round_1:.4f", "round_2:.4f")
+    return Table(title=Message("recommend.rounds"), columns=shown, rows=rows)

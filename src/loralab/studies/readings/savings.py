@@ -101,11 +101,8 @@ class Savings:
 
     def at_floor(self) -> list[str]:
         """Return the arms whose steps need no more than loading did."""
-        floors = {
-            role: [r.numbers["peak_bytes"] <= r.numbers["loading_bytes"] for r in own]
-            for role, own in self.runs.items()
-        }
-        return [role for role, at in floors.items() if all(at)]
+        numbers = {role: [record.numbers for record in own] for role, own in self.runs.items()}
+        return [role for role, own in numbers.items() if all(n["peak_bytes"] <= n["loading_bytes"] for n in own)]
 
     @property
     def costs(self) -> dict[str, tuple[float, float]]:
