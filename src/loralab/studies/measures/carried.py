@@ -14,7 +14,7 @@ from loralab.models.load import Base
 from loralab.studies.study import Arm, StudySetup, Trial
 from loralab.studies.trained import MEASURE, Tell, rows_of, trained
 from loralab.tasks.catalog import Task
-from loralab.tasks.samples import SAMPLES, sample_inputs
+from loralab.tasks.kinds.registry import kind_named
 from loralab.training.preflight import load_base
 
 REFERENCE = Arm(name="r=8", fields={"method": "lora", "rank": 8}, tuned=False, plain=True)
@@ -55,8 +55,4 @@ def put_on(base: Base, place: Path) -> Adapter:
 
 def compared_inputs(task: Task, base: Base, count: int) -> list[Sequence[int]]:
     """Return inputs of the first test rows, as certificates compare them (tasks/samples.py)."""
-    rows, found = task.splits["test"][:count], []
-    for start in range(0, len(rows), SAMPLES):
-        part = replace(task, splits={"test": rows[start : start + SAMPLES]})
-        found += sample_inputs(part, base.tokenizer, kind=base.kind, split="test")
-    return list(found)
+    return list(kind_named(base.kind).sample(task, "test", task.splits["test"][:count], base.tokenizer))

@@ -146,5 +146,9 @@ def rounding(adapter: Adapter) -> dict[str, float]:
 
 def weight_digests(model: nn.Module) -> Mapping[str, str]:
     """Return a digest of every tensor's bytes: equal ones are equal bit for bit."""
-    flat = {name: t.detach().contiguous().cpu().flatten() for name, t in model.state_dict().items()}
-    return {name: hashlib.sha256(own.view(torch.uint8).numpy().tobytes()).hexdigest() for name, own in flat.items()}
+    return {name: _digest(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()

@@ -95,10 +95,14 @@ class Latencies(Timings):
         """Return the shapes, from the smallest to the largest."""
         return list(self.times.get(BASE, {}))
 
-    def ways(self, variant: str | None = None) -> list[Way]:
-        """Return the ways that were timed at the smallest shape, the base left out; of one variant or of all."""
-        known = [way for way, times in self.times.items() if way != BASE and self.shapes and self.shapes[0] in times]
-        return [way for way in known if variant is None or way[0] == variant]
+    def beside_base(self, variant: str | None = None) -> dict[Way, Contrast]:
+        """Compare the ways of one variant, or of all, with the base at the smallest shape, where they cost most."""
+        able = [way for way in self.times if way != BASE and variant in (None, way[0])]
+        return {way: over for way in able for shape in self.shapes[:1] if (over := self.over(way, shape)) is not None}
+
+    def ways(self) -> list[Way]:
+        """Return the ways that were timed at the smallest shape, the base left out."""
+        return list(self.beside_base())
 
     def growth(self, way: Way) -> Contrast | None:
         """Return the overhead of the largest shape less that of the smallest; None if one was not timed."""
@@ -110,8 +114,7 @@ class Latencies(Timings):
 
     def least(self, variant: str) -> float:
         """Return the overhead at the smallest shape in the quickest way of a variant; inf if not timed."""
-        shares = [-over.estimate for way in self.ways(variant) if (over := self.over(way, self.shapes[0])) is not None]
-        return min(shares, default=math.inf)
+        return min((-over.estimate for over in self.beside_base(variant).values()), default=math.inf)
 
     def name(self, way: Way) -> Message | str:
         """Name a way; a variant that can never be merged needs not be called unmerged."""
@@ -127,25 +130,19 @@ def format_shape(shape: Shape) -> str:
 def in_short(times: Latencies, variant: str) -> Message:
     """Write the latency of a variant at the smallest shape, in every way that it has."""
     parts = []
-    for way in times.ways(variant):
-        over, seconds = times.over(way, times.shapes[0]), times.middle(way, times.shapes[0])
-        time = Message("methods.time", seconds=seconds, share=over and -over.estimate)
+    for way, over in times.beside_base(variant).items():
+        time = Message("methods.time", seconds=times.middle(way, times.shapes[0]), share=-over.estimate)
         parts.append(Message(f"methods.time_{way[1]}", time=time) if (variant, MERGED) in times.times else time)
     return clauses(parts) if parts else Message("answer.not_measured")
 
 
 def added(times: Latencies) -> Message | None:
     """Say what every way adds to one short pass; None if nothing was timed."""
-    ways = times.ways()
-    if not ways:
-        return None
-    shape = times.shapes[0]
     parts = [
         Message(f"methods.adds_{over.verdict}", way=times.name(way), margin=MARGIN, over=change(over))
-        for way in ways
-        if (over := times.over(way, shape)) is not None
+        for way, over in times.beside_base().items()
     ]
-    return Message("methods.adds", shape=format_shape(shape), parts=parts)
+    return Message("methods.adds", shape=format_shape(times.shapes[0]), parts=parts) if parts else None
 
 
 def pass_table(times: Latencies) -> list[Table]:
@@ -171,9 +168,8 @@ def pass_chart(times: Latencies) -> list[Chart]:
 
 def pass_findings(times: Latencies) -> list[Finding]:
     """Compare every way with the base at the smallest shape, where it costs most."""
-    overs = {way: over for way in times.ways() if (over := times.over(way, times.shapes[0])) is not None}
-    shared = {"shape": format_shape(times.shapes[0]), "margin": MARGIN} if overs else {}
-    return [
-        finding(Message(f"methods.pass_{over.verdict}", way=times.name(way), **shared, **timing.added(over)), over)
-        for way, over in overs.items()
-    ]
+    findings = []
+    for way, over in times.beside_base().items():
+        values = {"shape": format_shape(times.shapes[0]), "way": times.name(way), "margin": MARGIN}
+        findings.append(finding(Message(f"methods.pass_{over.verdict}", **values, **timing.added(over)), over))
+    return findings
