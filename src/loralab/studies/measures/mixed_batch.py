@@ -47,7 +47,8 @@ class Looped:
         everywhere = [{**adapter.modules, **adapter.saved} for adapter in adapters]
         for path in dict.fromkeys(path for own in everywhere for path in own):
             members = [own.get(path) for own in everywhere]
-            if not all(_is_known(adapters, path, member) for member in members):
+            is_head = any(path in adapter.saved for adapter in adapters)
+            if not is_head and not all(member is None or is_plain(member) for member in members):
                 raise ConfigError(f"the update of {path} is not a plain low-rank one", code="not_plain", field="method")
             model.get_submodule(path).register_forward_hook(self._changing(members))
 
@@ -109,7 +110,3 @@ def swap(adapter: Adapter, other: Adapter) -> None:
 def _factors(adapter: Adapter) -> Iterator[Tensor]:
     for module in adapter.modules.values():
         yield from module.trained().values()
-
-
-def _is_known(adapters: Sequence[Adapter], path: str, member: Any) -> bool:
-    return member is None or is_plain(member) or any(path in a.saved for a in adapters)

@@ -88,13 +88,14 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     equal, over = _equal(system), speeds(system)
     quicker = [_quicker(rows, own) for rows, own in over.items()]
     ends = dict.fromkeys([*quicker[:1], *quicker[-1:]])  # fewest and most rows
-    medians = _medians(system)
+    medians, sizes, count = _medians(system), _sizes(system), round(system.numbers["adapters"])
+    stored = Message("multitask.bytes", count=count, times=sizes["full_models"] / sizes["with_base"], **sizes)
     return replace(
         answer,
-        sentence=sentences(_bytes(system), equal.sentence, *(own.sentence for own in ends)),
+        sentence=sentences(stored, equal.sentence, *(own.sentence for own in ends)),
         findings=[equal, *quicker, *learnt],
         blanks=list(zip(LABELS, _said(system, equal, quicker, learnt), strict=True)),
-        tables=[_storage_table(system), _times_table(medians, over), *answer.tables],
+        tables=[_storage_table(sizes, count), _times_table(medians, over), *answer.tables],
         figures=[_times_chart(medians), *answer.figures],
     )
 
@@ -118,13 +119,6 @@ def _sizes(system: Record) -> dict[str, float]:
     """Return the bytes of an adapter, of all of them, of all with their base, and of as many full models."""
     count, one, model = (system.numbers[name] for name in ("adapters", "adapter_bytes", "model_bytes"))
     return {"one_adapter": one, "adapters": count * one, "with_base": count * one + model, "full_models": count * model}
-
-
-def _bytes(system: Record) -> Message:
-    """Say what is stored, and what full models would take."""
-    sizes = _sizes(system)
-    times = sizes["full_models"] / sizes["with_base"]
-    return Message("multitask.bytes", count=round(system.numbers["adapters"]), times=times, **sizes)
 
 
 def _equal(system: Record) -> Finding:
@@ -162,9 +156,8 @@ def _said(system: Record, equal: Finding, quicker: Sequence[Finding], learnt: Se
     ]
 
 
-def _storage_table(system: Record) -> Table:
-    count = round(system.numbers["adapters"])
-    rows = [{"stored": Message(f"multitask.{key}", count=count), "bytes": size} for key, size in _sizes(system).items()]
+def _storage_table(sizes: Mapping[str, float], count: int) -> Table:
+    rows = [{"stored": Message(f"multitask.{key}", count=count), "bytes": size} for key, size in sizes.items()]
     return Table(title=Message("multitask.storage_table"), columns=columns("stored", "bytes:bytes"), rows=rows)
 
 

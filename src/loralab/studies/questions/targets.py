@@ -5,7 +5,7 @@ from typing import Any
 
 from loralab.errors import ConfigError
 from loralab.models.load import Base
-from loralab.studies.budgets import Fields, largest_rank, solved, trained_parameters
+from loralab.studies.budgets import largest_rank, solved, trained_parameters
 from loralab.studies.compare import Comparison, compare_arms, score_chart
 from loralab.studies.evidence import Metric, mean_of, parameters, score_column
 from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, layers_table, source_names, update_chart
@@ -61,7 +61,8 @@ def _at_budget(base: Base, chosen: Mapping[str, Any], more: Mapping[str, Any]) -
     """
     targets = {**chosen, **more}
     fields = {name: _arm(name, RANK, own).fields for name, own in targets.items()}
-    capacity = {name: _capacity(base, each) for name, each in fields.items()}
+    largest = {name: {**each, "rank": largest_rank(base, each)} for name, each in fields.items()}
+    capacity = {name: trained_parameters(base, each) for name, each in largest.items()}
     budget = min(trained_parameters(base, REFERENCE), *(capacity[name] for name in chosen))
     sized = {name: solved(base, fields[name], "rank", budget) for name in fields if capacity[name] >= budget}
     return [
@@ -69,11 +70,6 @@ def _at_budget(base: Base, chosen: Mapping[str, Any], more: Mapping[str, Any]) -
         for name, solution in sized.items()
         if abs(solution.parameters - budget) <= BUDGET_TOLERANCE * budget
     ]
-
-
-def _capacity(base: Base, fields: Fields) -> int:
-    """Return what a choice trains with the largest rank that its modules can have."""
-    return trained_parameters(base, {**fields, "rank": largest_rank(base, fields)})
 
 
 def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
