@@ -180,16 +180,16 @@ def timed(
     every = interleaved(asked, len(adapters))
     # the rows of an adapter stand together
     batches = {size: sorted(every[:size], key=lambda one: one[0]) for size in SIZES if size <= len(every)}
+    groups = {size: {n: [e for m, e in batch if m == n] for n, _ in batch} for size, batch in batches.items()}
 
     def answer(way: str, size: int) -> None:
-        rows, examples = [number for number, _ in batches[size]], [example for _, example in batches[size]]
-        if way != TURN:
-            mixed.route(rows if way == MIXED else None)
-            outputs(base, examples)
-            return
-        for number in dict.fromkeys(rows):
-            swap(adapter, adapters[number])
-            outputs(own, [example for row, example in batches[size] if row == number])
+        if way == TURN:
+            for number, members in groups[size].items():
+                swap(adapter, adapters[number])
+                outputs(own, members)
+        else:
+            mixed.route([number for number, _ in batches[size]] if way == MIXED else None)
+            outputs(base, [example for _, example in batches[size]])
 
     for way, size in itertools.product(WAYS, batches):  # the first time builds what the others find ready
         answer(way, size)
