@@ -78,9 +78,9 @@ def _each(timed: Deployed) -> Message:
     return Message(f"inference.each_{timed.unit}")
 
 
-def _at(timed: Deployed, way: Way | None) -> Message:
+def _at(timed: Deployed, way: Way) -> Message:
     """Say how much longer a way takes than its control at every batch."""
-    if way is None:
+    if way not in timed.times:
         return MISSING
     batches = sorted(timed.times[way])
     parts = [Message("inference.at_batch", batch=b, over=longer(o)) for b in batches if (o := timed.over(way, b))]
@@ -130,7 +130,7 @@ def _findings(timed: Deployed) -> list[Finding]:
 def _speed(timed: Deployed) -> Message:
     """Fill in the speed before and after merging."""
     base = timed.named(BASE)
-    if base is None:
+    if base not in timed.times:
         return MISSING
     times = [Message("inference.time_at", time=timed.middle(base, b), batch=b) for b in sorted(timed.times[base])]
     merged, unmerged = (_at(timed, timed.named(name)) for name in (MERGED, UNMERGED))

@@ -58,9 +58,9 @@ class Deployed(Timings):
         """Return the batches that were timed, from the smallest."""
         return sorted({batch for own in self.times.values() for batch in own})
 
-    def named(self, name: str) -> Way | None:
-        """Return the way of a variant, where it was timed."""
-        return next((way for way in self.times if way[1] == name), None)
+    def named(self, name: str) -> Way:
+        """Return the way of a variant; where it was not timed, one that has no times."""
+        return next((way for way in self.times if way[1] == name), ("", name))
 
     def confidence(self, trials: int) -> float:
         """Share one chance of error among all comparisons, as far as so many trials can be as sure.
@@ -100,9 +100,9 @@ class Deployed(Timings):
         found = self.items.get(way)
         return self.metric.value((1 if self.metric.rises else -1) * float(np.mean(found))) if found else None
 
-    def weight(self, way: Way | None, name: str = "bytes") -> float | None:
+    def weight(self, way: Way, name: str = "bytes") -> float | None:
         """Return the bytes that a way holds, or those that it works with; None where it was not weighed."""
-        return self.weights.get(way, {}).get(name) if way is not None else None
+        return self.weights.get(way, {}).get(name)
 
     @property
     def pays_from(self) -> float | None:

@@ -41,16 +41,14 @@ class Timings:
         """Return how sure an interval shall be; each is one of its own here."""
         return CONFIDENCE
 
-    def over(self, way: Way | None, shape: Any, than: Way | None = None) -> Contrast | None:
+    def over(self, way: Way, shape: Any, than: Way | None = None) -> Contrast | None:
         """Return how much longer a way takes than what it stands against, or than another; None if not timed."""
-        if way is None:
-            return None
         ours, theirs = (self.times.get(own, {}).get(shape) for own in (way, than or self.against(way)))
         return overhead(ours, theirs, self.confidence(len(ours))) if ours and theirs else None
 
-    def middle(self, way: Way | None, shape: Any) -> float:
+    def middle(self, way: Way, shape: Any) -> float:
         """Return the median time; not a number where there is none."""
-        found = self.times.get(way, {}).get(shape) if way is not None else None
+        found = self.times.get(way, {}).get(shape)
         return float(np.median(found)) if found else math.nan
 
     def cell(self, way: Way, shape: Any) -> Message:
