@@ -49,7 +49,7 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 
 def models_of(base: Base, variants: Mapping[str, Fields]) -> tuple[dict[Way, Any], list[dict[str, str]]]:
-    """Return all that is timed, around the base's own weights: the base, each variant, and merged too where it can."""
+    """Return all that is timed: the base, each variant around the same weights, and merged, with its own, where it can."""
     models: dict[Way, Any] = {(PLAIN, PLAIN): base.model.eval()}
     refused = []
     for name, fields in variants.items():
