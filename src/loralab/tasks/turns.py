@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from loralab.errors import DataError
+from loralab.tasks.pictured import contents
 from loralab.tasks.template import render
 from loralab.tasks.thoughts import FIELDS, FIRSTS, THOUGHTS, has_one_thought, thought_at_the_end, tight
 from loralab.tasks.tools import names_of, unwritten
@@ -86,7 +87,7 @@ def write(
         return "".join(_spaced(message["content"]) for message in chat)
     try:
         template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        text = render(template, chat, prompt=prompt, tokens=tokens, now=now, tools=said.tools, kwargs=said.kwargs)
+        text = render(template, contents(template, chat), prompt=prompt, tokens=tokens, now=now, tools=said.tools, kwargs=said.kwargs)
         return text if prompt else text.removesuffix(_needless_opening(template, _texts(tokens)))
     except Exception as error:  # jinja's own errors, and whatever a template raises
         what = f"the row {chat[0]['content'][:MAX_QUOTED_ANSWER]!r}" if chat else "an answer to nothing"
@@ -360,6 +361,7 @@ def _needless_opening(template: str, tokens: Tokens) -> str:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}]
     own, now = dict(tokens), datetime.now()
     try:
+        chat = [*contents(template, chat)]
         whole = render(template, chat, prompt=False, tokens=own, now=now)
         if whole != render(template, chat, prompt=True, tokens=own, now=now):
             return ""
@@ -375,6 +377,7 @@ def _frame(template: str, tokens: Tokens) -> tuple[str, str]:
     if _needless_opening(template, tokens):
         return STAND_IN, STAND_IN
     try:
+        chat = [*contents(template, chat)]
         prompt = render(template, chat[:1], prompt=True, tokens=dict(tokens))
         before, found, end = render(template, chat, prompt=False, tokens=dict(tokens)).rpartition(STAND_IN)
     except Exception:  # such as one that wants a system message

@@ -139,7 +139,8 @@ def _ready(
     _require_rows_to_occur(adapter, encoded)
     if training.shard_base and load is None:
         shard_base(base.model, [adapter], world())
-    path = fastest_path(adapter, base.kind, pad_id=base.tokenizer.pad_token_id or 0, pictures=base.tokenizer)
+    pad_id = base.tokenizer.pad_token_id or 0
+    path = fastest_path(adapter, base.kind, pad_id=pad_id, pictures=base.tokenizer, examples=encoded.examples)
     path.max_tokens = training.pass_tokens or path.max_tokens
     path.longest = max(len(text) for e in encoded.examples for text in e.texts)
     chosen = training
@@ -232,6 +233,7 @@ def load_base(
         ModelError: there is no such model, or it cannot learn from such rows.
     """
     kind = models.kind_for(name, task.format, wanted)
+    encode.require_suited(task, kind)
     dtype = models.parse_dtype(resolve_precision(precision))
     base = models.load(name, kind=kind, dtype=dtype, labels=task.labels, seed=seed, image_size=image_size)
     base.model.to(device or device_here())
