@@ -20,8 +20,10 @@ from loralab.tasks.chats import Conversation, conversation_of, last_learnt, requ
 from loralab.tasks.examples import Encoded, Example, Ids
 from loralab.tasks.formats import FORMATS, Row
 from loralab.tasks.pictured import Segment, marks_in, with_pictures
+from loralab.tasks.pictures import PictureFile
+from loralab.tasks.placed import MARK
 from loralab.tasks.segments import ended, opening, samples, token_ids
-from loralab.tasks.turns import Said, last_turn, write
+from loralab.tasks.turns import NOTHING, Said, last_turn, write
 
 CALLED = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object"}}}
 CALL = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "f", "arguments": {}}}
@@ -158,11 +160,21 @@ def prompt_ids(task: Task, row: Row, tokenizer: Any) -> Ids:
 def asked(task: Task, row: Row, tokenizer: Any) -> Segment:
     """Return what the model sees of a row with an answer before that, with its pictures."""
     chat = conversation(task, row, tokenizer)
-    ids = opening(tokenizer, chat.asked, chat.said.tools, chat.said.kwargs)
-    if not row.get("images"):
+    return _opened(tokenizer, chat.asked, row.get("images", ()), chat.said)
+
+
+def question_ids(tokenizer: Any, prompt: str, pictures: Sequence[PictureFile], *, system: str | None = None) -> Segment:
+    """Return a question that is no row, behind some pictures."""
+    first = [{"role": "system", "content": system}] if system else []
+    return _opened(tokenizer, [*first, {"role": "user", "content": MARK * len(pictures) + prompt}], pictures)
+
+
+def _opened(tokenizer: Any, chat: Sequence[Any], pictures: Sequence[PictureFile], said: Said = NOTHING) -> Segment:
+    ids = opening(tokenizer, chat, said.tools, said.kwargs)
+    if not pictures:
         return Segment(ids, False)
-    text = write(tokenizer, chat.asked, prompt=True, said=chat.said)
-    [[found]] = with_pictures(tokenizer, [[Segment(ids, False, text)]], row["images"], marks_in(chat.asked))
+    text = write(tokenizer, chat, prompt=True, said=said)
+    [[found]] = with_pictures(tokenizer, [[Segment(ids, False, text)]], pictures, marks_in(chat))
     return found
 
 

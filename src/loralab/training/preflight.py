@@ -40,6 +40,7 @@ from loralab.training.request import Request
 from loralab.training.run_facts import RunFacts, facts_of, require_same, write_facts
 from loralab.training.settings import Training
 from loralab.training.shard import require_shardable, shard_base
+from loralab.training.towers import with_idle_towers
 from loralab.training.world import world
 from loralab.values import read_toml
 
@@ -141,6 +142,7 @@ def _ready(
         shard_base(base.model, [adapter], world())
     pad_id = base.tokenizer.pad_token_id or 0
     path = fastest_path(adapter, base.kind, pad_id=pad_id, pictures=base.tokenizer, examples=encoded.examples)
+    encoded = with_idle_towers(adapter, path, encoded)
     path.max_tokens = training.pass_tokens or path.max_tokens
     path.longest = max(len(text) for e in encoded.examples for text in e.texts)
     chosen = training

@@ -15,7 +15,7 @@ from loralab.tasks.generation import Beside
 from loralab.tasks.kinds.causal import Causal
 from loralab.tasks.kinds.images import PICTURE_SIDE, small
 from loralab.tasks.kinds.kind import SAMPLE_TOKENS
-from loralab.tasks.pictured import TYPES, inputs_of, processed
+from loralab.tasks.pictured import TYPES, Segment, inputs_of, processed
 
 PIXELS = PICTURE_SIDE * PICTURE_SIDE * 3  # values of a small picture
 MAX_SAMPLED_PICTURES = 2
@@ -65,16 +65,20 @@ class ImageText(Causal):
 
     def beside(self, task: Task, rows: Sequence[Row], tokenizer: Any) -> Beside:
         """Return what gives the pictures of questions, and the types of their tokens (B, L), padded on the left."""
+        return beside(tokenizer, [encode.asked(task, row, tokenizer) for row in rows])
 
-        def inputs(numbers: Sequence[int], ids: Tensor) -> dict[str, Tensor]:
-            asked = [encode.asked(task, rows[number], tokenizer) for number in numbers]
-            types = torch.zeros_like(ids)
-            for place, own in enumerate(asked):
-                types[place, ids.shape[1] - len(own.ids) :] = torch.tensor(own.types or (0,) * len(own.ids))
-            found = inputs_of(tokenizer, [_opened(own.pictures) for own in asked])
-            return found | dict.fromkeys(TYPES, types)
 
-        return inputs
+def beside(tokenizer: Any, asked: Sequence[Segment]) -> Beside:
+    """Return what gives the inputs of some questions beside their ids."""
+
+    def inputs(numbers: Sequence[int], ids: Tensor) -> dict[str, Tensor]:
+        chosen = [asked[number] for number in numbers]
+        types = torch.zeros_like(ids)
+        for place, own in enumerate(chosen):
+            types[place, ids.shape[1] - len(own.ids) :] = torch.tensor(own.types or (0,) * len(own.ids))
+        return inputs_of(tokenizer, [_opened(own.pictures) for own in chosen]) | dict.fromkeys(TYPES, types)
+
+    return inputs
 
 
 def _opened(pictures: Sequence[Any] | None) -> list[Any]:
