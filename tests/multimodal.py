@@ -138,7 +138,9 @@ def gemma3() -> tuple[Any, Any]:
         eoi_token_index=words.convert_tokens_to_ids("<end_of_image>"),
         image_token_index=words.convert_tokens_to_ids("<image_soft_token>"),
     )
-    return Gemma3ForConditionalGeneration(config).eval(), processor
+    model = Gemma3ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)  # begins at zero
+    return model, processor
 
 
 FAMILIES = {"idefics3": idefics3, "llava": llava, "gemma3": gemma3}

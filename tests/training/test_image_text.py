@@ -119,14 +119,14 @@ def test_a_run_is_certified_merged_and_answers(name: str, rows: Path, folders: d
     assert loralab.verify(tmp_path / "run").passed
     merged = loralab.merge(tmp_path / "run", tmp_path / "merged")
     assert merged is not None
-    asked = {"data": str(rows), "evaluation": Evaluation(split="all", generate=True, max_new_tokens=4)}
+    asked = {"data": str(rows), "evaluation": Evaluation(split="all", generate=True, max_new_tokens=4, precision="fp32")}
     apart = loralab.evaluate(**asked, adapter=tmp_path / "run")
     whole = loralab.evaluate(**asked, model=str(tmp_path / "merged"))
     assert whole.metrics["loss"] == pytest.approx(apart.metrics["loss"], rel=1e-5)
     assert [p.answer for p in whole.predictions] == [p.answer for p in apart.predictions]
     assert any(p.prompt.startswith("<image>") for p in apart.predictions)
     images = [rows.parent / "red.png"]
-    said = {"max_new_tokens": 6, "images": images}
+    said: dict[str, Any] = {"max_new_tokens": 6, "images": images, "precision": "fp32"}
     [one] = loralab.generate("What?", adapters=[tmp_path / "run"], with_base=False, **said)
     [two] = loralab.generate("What?", model=str(tmp_path / "merged"), **said)
     assert list(one["answers"].values()) == list(two["answers"].values())
@@ -153,7 +153,7 @@ def test_a_picture_changes_the_answer(rows: Path, folders: dict[str, Path]) -> N
     task = loralab.read(str(rows))
     examples = [e for e in encode(task, "train", words, kind=KIND, max_length=512).examples if e.image]
     model = FAMILIES["llava"]()[0]
-    other = next(e for e in examples if e.image != examples[0].image and e.length == examples[0].length)
+    other = next(e for e in examples if e.image != examples[0].image and len(e.image) == len(examples[0].image))
     kind = kind_named(KIND)
     options: dict[str, Any] = {"pad_id": 0, "pictures": words, "longest": 0}
     one = kind.collate(examples[:1], **options)
@@ -222,7 +222,7 @@ def test_a_plan_counts_the_tokens_of_pictures(rows: Path, folders: dict[str, Pat
 @pytest.mark.parametrize(
     ("data", "code"),
     [
-        ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 5, None),
+        ([{"text": f"a {n}", "label": "xy"[n % 2]} for n in range(20)], None),
         ([{"text_a": f"a {n}", "text_b": f"b {n}"} for n in range(9)], "kind_unsupported"),
         ([{"tokens": [f"a{n}"], "tags": ["O" if n % 2 else "B"]} for n in range(9)], "kind_unsupported"),
     ],

@@ -8,7 +8,7 @@ from loralab.adapters.adapter import Adapter
 from loralab.errors import ConfigError, join_limited
 from loralab.tasks.examples import Encoded
 from loralab.training.fast.forward_path import ForwardPath, smallest_with_picture
-from loralab.training.learning import in_towers, trained
+from loralab.training.learning import NO_EARLY_GRADIENT, in_towers, trained
 
 
 def with_idle_towers(adapter: Adapter, path: ForwardPath, encoded: Encoded) -> Encoded:
@@ -27,10 +27,11 @@ def with_idle_towers(adapter: Adapter, path: ForwardPath, encoded: Encoded) -> E
             code="towers_without_pictures",
             field="target_modules",
         )
-    known = trained(adapter)
+    known = {name: p for name, p in trained(adapter).items() if name in tensors}
     with path.activated(), torch.random.fork_rng():
-        found = torch.autograd.grad(path.loss(seen), [known[name] for name in tensors], allow_unused=True)
-    idle = dict.fromkeys(n.rpartition(".lora_")[0] or n for n, g in zip(tensors, found, strict=True) if g is None)
+        found = torch.autograd.grad(path.loss(seen), list(known.values()), allow_unused=True)
+    pairs = [(n, g) for n, g in zip(known, found, strict=True) if not n.endswith(NO_EARLY_GRADIENT)]
+    idle = dict.fromkeys(n.rpartition(".lora_")[0] or n for n, g in pairs if g is None or not g.any())
     if not idle:
         return encoded
     note = f"no gradient reaches {join_limited(idle)}: the model does not use what it makes of a picture"
