@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 from multimodal import FAMILIES, picture
-from tiny import llama
 
 import loralab
-from loralab.errors import ConfigError, DataError, ModelError
+from loralab.errors import DataError, ModelError
 from loralab.models.processors import tokenizer_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import asked, encode
@@ -66,8 +65,6 @@ def test_what_is_learnt_is_the_answers(name: str) -> None:
 def test_with_loss_on_all_pictures_are_not_learnt(name: str) -> None:
     words = tokenizer_of(FAMILIES[name]()[1])
     [example] = encoded(words, {"prompt": "a", "completion": "b", "image": PICTURES[0]}, loss_on="all").examples
-    ids = {words.processor.tokenizer.convert_tokens_to_ids(words.processor.image_token)}
-    ids |= {*words.processor.image_token_ids}
     soft = [i for i, token in enumerate(example.input_ids) if token in words.processor.image_token_ids]
     assert soft and all(example.labels[i] == IGNORED for i in soft)
     assert sum(label != IGNORED for label in example.labels) > 10
@@ -97,7 +94,7 @@ def test_pictures_that_do_not_fit_leave_the_row_out(name: str) -> None:
 
 @every_family
 def test_a_batch_has_the_inputs_of_the_processor(name: str) -> None:
-    model, processor = FAMILIES[name]()
+    _, processor = FAMILIES[name]()
     words = tokenizer_of(processor)
     rows = [
         {"prompt": "What is it?", "completion": "a house", "image": PICTURES[0]},

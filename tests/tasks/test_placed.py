@@ -138,6 +138,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "half a picture": ({"prompt": "a", "completion": "b", "image": encoded()[:90]}, "damaged_file", "image"),
     "an address elsewhere": ({"prompt": "a", "completion": "b", "image": "https://a/b.png"}, "not_a_picture", "image"),
     "a number": ({"prompt": "a", "completion": "b", "image": 3}, "not_a_picture", "image"),
+    "a picture beside a text alone": ({"text": "a", "images": [encoded()]}, "unsupported_column", "images"),
+    "a picture beside a text and its class": (
+        {"text": "a", "label": "x", "images": [encoded()]},
+        "unsupported_column",
+        "images",
+    ),
     "both columns": (
         {"prompt": "a", "completion": "b", "image": encoded(), "images": [encoded()]},
         "two_columns_of_pictures",

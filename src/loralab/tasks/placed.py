@@ -107,7 +107,7 @@ def placed_in_messages(
     return {"images": pictures}
 
 
-def placed_in_text(place: str, values: dict[str, Any], pictures: list[PictureFile]) -> Mapping[str, Any]:
+def placed_in_text(place: str, values: Row, pictures: list[PictureFile]) -> Row:
     """Return a row's pictures, and its question with marks where they stand; nothing without pictures.
 
     Raises:
@@ -120,7 +120,7 @@ def placed_in_text(place: str, values: dict[str, Any], pictures: list[PictureFil
     if written not in (0, len(pictures)):
         raise _uneven(place, written, f"{WRITTEN} in the text", len(pictures))
     first = next(iter(texts))
-    marked = {c: _marked(text, len(pictures) if c == first and not written else 0) for c, text in texts.items()}
+    marked: Row = {c: _marked(text, len(pictures) if c == first and not written else 0) for c, text in texts.items()}
     return {**marked, "images": pictures}
 
 
@@ -146,7 +146,9 @@ def _decoded(place: str, address: str) -> bytes:
     try:
         return base64.b64decode(address.partition(",")[2], validate=True)
     except binascii.Error as error:
-        raise DataError(f"{place}: a picture's address is damaged: {error}", code="damaged_file", field="image") from None
+        raise DataError(
+            f"{place}: a picture's address is damaged: {error}", code="damaged_file", field="image"
+        ) from None
 
 
 def _uneven(place: str, places: int, what: str, pictures: int) -> DataError:

@@ -87,7 +87,8 @@ def write(
         return "".join(_spaced(message["content"]) for message in chat)
     try:
         template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        text = render(template, contents(template, chat), prompt=prompt, tokens=tokens, now=now, tools=said.tools, kwargs=said.kwargs)
+        read = contents(template, chat)
+        text = render(template, read, prompt=prompt, tokens=tokens, now=now, tools=said.tools, kwargs=said.kwargs)
         return text if prompt else text.removesuffix(_needless_opening(template, _texts(tokens)))
     except Exception as error:  # jinja's own errors, and whatever a template raises
         what = f"the row {chat[0]['content'][:MAX_QUOTED_ANSWER]!r}" if chat else "an answer to nothing"
@@ -358,10 +359,9 @@ def _needless_opening(template: str, tokens: Tokens) -> str:
 
     Such a template writes it and nothing else where there is no message.
     """
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}]
+    chat = contents(template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}])
     own, now = dict(tokens), datetime.now()
     try:
-        chat = [*contents(template, chat)]
         whole = render(template, chat, prompt=False, tokens=own, now=now)
         if whole != render(template, chat, prompt=True, tokens=own, now=now):
             return ""
@@ -373,11 +373,10 @@ def _needless_opening(template: str, tokens: Tokens) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _frame(template: str, tokens: Tokens) -> tuple[str, str]:
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}]
+    chat = contents(template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}])
     if _needless_opening(template, tokens):
         return STAND_IN, STAND_IN
     try:
-        chat = [*contents(template, chat)]
         prompt = render(template, chat[:1], prompt=True, tokens=dict(tokens))
         before, found, end = render(template, chat, prompt=False, tokens=dict(tokens)).rpartition(STAND_IN)
     except Exception:  # such as one that wants a system message
