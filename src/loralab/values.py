@@ -78,7 +78,7 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         return isinstance(value, list | tuple | set | frozenset) and all(_fits(one, inner[0]) for one in value)
     if origin is not None:  # a mapping
         return isinstance(value, Mapping) and all(_fits(one, inner[1]) for one in value.values())

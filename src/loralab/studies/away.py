@@ -19,7 +19,7 @@ from pathlib import Path
 import loralab
 from loralab.studies import store
 from loralab.studies.executor import Here, Tell
-from loralab.studies.study import Record, StudySetup, Trial
+from loralab.studies.study import StudySetup, Trial
 
 LOG_BYTES = 4000  # of what was printed that come back with a trial that failed
 PREFIX = "loralab-trial-"
@@ -27,10 +27,9 @@ PREFIX = "loralab-trial-"
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteResult:
-    """A trial's record and all its files as a machine sends them back, or why there are none."""
+    """All files of a trial, its record among them, as a machine sends them back, or why there are none."""
 
     node: str
-    record: Record | None = None
     files: bytes = b""
     reason: str = ""
     log: str = ""
@@ -65,7 +64,7 @@ def measure_here(trial: Trial, threads: int) -> RemoteResult:
             return RemoteResult(node=node, reason=f"{reason or 'it left no record'} (on node {node})", log=said)
         record = replace(record, texts={**record.texts, "node": node})
         store.write(place, trial, record, record.seconds)
-        return RemoteResult(node=node, record=record, files=_packed(place))
+        return RemoteResult(node=node, files=_packed(place))
 
 
 def _silent(event: object) -> None:

@@ -55,11 +55,6 @@ class Cluster:
         self._reach = ray.remote(num_cpus=0, max_retries=RETRIES)(reach_here)
 
     @property
-    def resources(self) -> dict[str, float]:
-        """Return what one trial takes, in Ray's words."""
-        return {"CPU": self.threads, "GPU": self._gpus}
-
-    @property
     def abreast(self) -> int:
         """Return how many trials can run at the same time; at least one."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
@@ -188,7 +183,7 @@ def received(back: RemoteResult, place: Path) -> str:
     if back.log:
         with (place.parent.parent / store.LOG).open("a", encoding="utf-8") as file:
             file.write(f"node {back.node}, trial {place.name}:\n{back.log}\n")
-    if back.record is None:
+    if not back.files:
         return back.reason
     atomic.remove_folder(place)
     with atomic.new_folder(place) as partial, tarfile.open(fileobj=io.BytesIO(back.files)) as archive:

@@ -136,7 +136,7 @@ def recommend(
         budget: time to spend, such as "20m": decides how many configurations are tried, and for
             how many steps.
         asked: steps, batch_size, seeds, precision and the like, where they shall be others.
-        ray: as in `study`; Optuna then proposes the candidates, through Ray Tune.
+        ray: as in `study`; Optuna then proposes the candidates.
 
     Raises:
         InputError: the model, the data or a setting is wrong.
