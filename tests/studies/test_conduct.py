@@ -21,7 +21,8 @@ from loralab.studies.fields import configured
 from loralab.studies.halving import plan_for, survivors
 from loralab.studies.prepare import prepare, question_module
 from loralab.studies.runner import Session
-from loralab.studies.study import DIVERGED, Arm, Record, StudyOptions, StudySetup, parse_seconds
+from loralab.studies.study import DIVERGED, Arm, Record, StudyOptions, StudySetup
+from loralab.values import parse_seconds
 
 
 def grid(tmp_path: Path, text: str) -> Path:

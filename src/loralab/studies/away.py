@@ -87,7 +87,6 @@ def _folder() -> Iterator[Path]:
 
 
 def _packed(place: Path) -> bytes:
-    """Return a folder as an archive."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as archive:
         for entry in sorted(place.iterdir()):

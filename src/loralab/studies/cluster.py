@@ -73,11 +73,9 @@ class Cluster:
                 f"no machine of the cluster has the {self.threads} processors that a run computes "
                 "with; OMP_NUM_THREADS=1 asks for one"
             )
-        asked = [
-            self._reach.options(scheduling_strategy=cluster.on(node)).remote(setup, versions(), self.threads)
-            for node in able
-        ]
-        for node, answer in zip(able, asked, strict=True):
+        tasks = [self._reach.options(scheduling_strategy=cluster.on(node)) for node in able]
+        answers = [task.remote(setup, versions(), self.threads) for task in tasks]  # all at once
+        for node, answer in zip(able, answers, strict=True):
             try:
                 wrong = self._got(answer)
             except self._ray.exceptions.RayError as error:

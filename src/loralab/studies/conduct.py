@@ -16,12 +16,13 @@ from loralab.studies.cluster import open_cluster
 from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.objects import FOLDER, Objects
 from loralab.studies.runner import Listener, Session, session
-from loralab.studies.study import DONE, FAILED, Answer, Arm, StudyOptions, StudySetup, Trial, parse_seconds
+from loralab.studies.study import DONE, FAILED, Answer, Arm, StudyOptions, StudySetup, Trial
 from loralab.studies.trained import BASE_ARM, PROBE, PROBE_ROWS, rows_of
 from loralab.studies.wording import say
 from loralab.training.preflight import write_config
 from loralab.training.request import Request
 from loralab.training.settings import Training
+from loralab.values import parse_seconds
 
 ALL = "all"
 LEAST_ROWS = 50  # that are scored, however slow that is
@@ -181,9 +182,8 @@ def _sized(own: Session, setup: StudySetup, budget: float, started: float) -> St
     """
     from loralab.studies.halving import ETA, ROUNDS, plan_for
 
-    held = store.plans(own.folder) if (own.folder / store.STUDY).is_file() else {}
-    if catalog.RECOMMEND in held:
-        return held[catalog.RECOMMEND][0]
+    if (held := store.held(own.folder, catalog.RECOMMEND)) is not None:
+        return held[0]
     steps = int(setup.fields["max_steps"]) or _steps_of_a_run(setup)
     setup = replace(setup, fields={**setup.fields, "max_steps": steps})
     few = max(4, min(20, steps // ETA ** (ROUNDS - 1)))
@@ -265,25 +265,20 @@ def _own(file: Path, asked: StudyOptions, mapping: Mapping[str, str] | None) -> 
     compared = {k: v for k, v in content.items() if isinstance(v, list) and k in known()}
     if not compared:
         raise ConfigError(f"{file} compares nothing: give at least one field of train as a list", code="few_arms")
-    given = {f.name: getattr(asked, f.name) for f in fields(StudyOptions)}
     own = {k: v for k, v in content.items() if k in settings and k not in compared}
     rate = own.pop("learning_rate", None)
-    typed = {k: v for k, v in given.items() if v != getattr(StudyOptions(), k)}
+    typed = {k: v for k, v in vars(asked).items() if v != getattr(StudyOptions(), k)}
     setup = catalog.setup("rank", StudyOptions(**{**own, **typed}), content.get("map", mapping))
     shared = {k: v for k, v in content.items() if k in known() - settings and k not in compared}
     if rate is not None:
         shared["learning_rate"] = rate
     if "model" not in content and asked.model is None:
         raise ConfigError(f"{file} names no model; add one, or give --model", code="missing", field="model")
-    arms = [_arm(shared, dict(zip(compared, row, strict=True))) for row in itertools.product(*compared.values())]
+    rows = [dict(zip(compared, row, strict=True)) for row in itertools.product(*compared.values())]
+    arms = [Arm(name=", ".join(f"{k}={_shown(v)}" for k, v in row.items()), fields={**shared, **row}) for row in rows]
     if len(arms) < 2:
         raise ConfigError(f"{file} has one arm; give a list of at least two values", code="few_arms")
     return replace(setup, study=file.stem, values=()), [BASE_ARM, *arms]
-
-
-def _arm(shared: Mapping[str, Any], row: Mapping[str, Any]) -> Arm:
-    name = ", ".join(f"{key}={_shown(value)}" for key, value in row.items())
-    return Arm(name=name, fields={**shared, **row})
 
 
 def _shown(value: Any) -> str:

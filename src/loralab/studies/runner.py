@@ -40,7 +40,7 @@ def records(folder: Path) -> dict[str, tuple[StudySetup, list[Record]]]:
 
 def missing(trial: Trial, reason: str = "") -> Record:
     """Return the record of a trial that did not run."""
-    return Record(arm=trial.arm, seed=trial.seed, status=MISSING, reason=reason)
+    return trial.record(status=MISSING, reason=reason)
 
 
 class Session:
@@ -117,24 +117,23 @@ class Session:
 
     def settle(self, trial: Trial, reason: str) -> Record:
         """Return the record that a trial has left; one that left none, for a reason, gets one that says so."""
-        stored = store.read(self.folder, trial)
-        if stored is not None and not reason:
+        if not reason and (stored := store.read(self.folder, trial)) is not None:
             return stored
-        record = Record(arm=trial.arm, seed=trial.seed, status=FAILED, reason=reason or ended(0))
+        record = trial.record(status=FAILED, reason=reason or ended(0))
         store.write(store.place_of(self.folder, trial), trial, record, 0.0)
         return record
 
     def skip(self, setup: StudySetup, reason: str) -> None:
         """Note that a study cannot run, for the report and the listener; what it has found before stays."""
-        held = store.plans(self.folder) if (self.folder / store.STUDY).is_file() else {}
-        if setup.study not in held or not held[setup.study][1]:
+        held = store.held(self.folder, setup.study)
+        if held is None or not held[1]:
             store.add_plan(self.folder, (setup, [], {setup.study: reason}))
         self.tell_of(setup, "skipped", reason)
 
     def tell_of(self, setup: StudySetup, what: str, reason: str = "") -> None:
         """Say to the listener whether a study can run, and on which model and data."""
-        event = {"kind": "study", "study": setup.study, "what": what, "model": setup.model, "data": setup.data}
-        self._listener({**event, "reason": reason})
+        of = {"study": setup.study, "model": setup.model, "data": setup.data}
+        self._listener({"kind": "study", **of, "what": what, "reason": reason})
 
     def tell(self, trial: Trial, what: str) -> None:
         """Say to the listener how it goes with a trial."""

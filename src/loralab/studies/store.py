@@ -81,18 +81,21 @@ def plans(folder: Path) -> dict[str, Plan]:
         raise OutputError(f"{file} is damaged ({error}); its runs/ can be used again") from None
 
 
+def held(folder: Path, study: str) -> Plan | None:
+    """Return a study that a folder holds; None where it has not begun there."""
+    return plans(folder).get(study) if (folder / STUDY).is_file() else None
+
+
 def add_plan(folder: Path, plan: Plan) -> None:
     """Write a study into study.toml, beside those that are there."""
-    held = plans(folder) if (folder / STUDY).is_file() else {}
-    setup = plan[0]
-    held[setup.study] = plan
+    known = plans(folder) if (folder / STUDY).is_file() else {}
     stored = {
         name: {
             "ground": _without(_is_none, asdict(own)),
             "arms": [_without(_is_none, asdict(arm)) for arm in arms],
             "invalid": invalid,
         }
-        for name, (own, arms, invalid) in held.items()
+        for name, (own, arms, invalid) in {**known, plan[0].study: plan}.items()
     }
     content = {"format": FORMAT, "studies": stored}
     import tomli_w  # here alone: what only reads a study does without it
@@ -106,10 +109,9 @@ def require_same(folder: Path, setup: StudySetup) -> None:
     Raises:
         ConfigError: it was begun with other settings.
     """
-    held = plans(folder).get(setup.study) if (folder / STUDY).is_file() else None
-    if held is None:
+    if (before := held(folder, setup.study)) is None:
         return
-    was, now = vars(held[0]), vars(setup)
+    was, now = vars(before[0]), vars(setup)
     if changed := [f"{k} was {was[k]!r}, now {now[k]!r}" for k in was if was[k] != now[k]]:
         raise ConfigError(f"{folder} holds the study {setup.study!r} with other settings: {join_limited(changed)}")
 
@@ -146,26 +148,23 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+        file = (folder / LOCK).open("a+", errors="replace")
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}") from None
-    try:
+    with file:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            owner = os.read(handle, 20).decode(errors="replace").strip() or "unknown"
-            raise OutputError(
-                f"another study works in {folder} (process {owner}); wait for it, or choose another --output-dir"
-            ) from None
+            file.seek(0)
+            who = f"another study works in {folder} (process {file.read(20).strip() or 'unknown'})"
+            raise OutputError(f"{who}; wait for it, or choose another --output-dir") from None
         with atomic.explained(folder / LOCK):
-            os.ftruncate(handle, 0)
-            os.write(handle, str(os.getpid()).encode())
+            file.truncate(0)
+            print(os.getpid(), end="", file=file, flush=True)
         try:
             yield
         finally:
             _remove_unused(folder)
-    finally:
-        os.close(handle)
 
 
 def _remove_unused(folder: Path) -> None:

@@ -115,21 +115,10 @@ class Trial:
     def digest(self) -> str:
         """Return a digest of what decides the result, and of nothing else: trials of two studies can be the same."""
         setup = self.setup
-        deciding = [
-            FORMAT,
-            self.measure,
-            setup.model,
-            setup.data,
-            dict(setup.mapping),
-            dict(setup.fields),
-            dict(setup.rows),
-            setup.quick,
-            setup.metric,
-            dict(self.arm.fields),
-            dict(self.arm.options),
-            self.seed,
-            *filter(None, [setup.general]),  # so that trials of before there was any keep their names
-        ]
+        own = [self.measure, setup.model, setup.data, dict(setup.mapping), dict(setup.fields), dict(setup.rows)]
+        deciding = [FORMAT, *own, setup.quick, setup.metric, dict(self.arm.fields), dict(self.arm.options), self.seed]
+        if setup.general:  # so that trials of before there was any keep their names
+            deciding.append(setup.general)
         return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
     def record(self, **held: Any) -> "Record":
@@ -260,20 +249,3 @@ class StudyOptions:
             raise ConfigError("quick is one seed; leave out --quick, or --seeds and --seeds-max", field="quick")
         if self.learning_rate is not None and not self.fixed_lr:
             raise ConfigError("learning_rate has an effect only with --fixed-lr; arms are tuned")
-
-
-def parse_seconds(text: str) -> float:
-    """Parse "20m" -> 1200.0; units s, m and h.
-
-    Raises:
-        ConfigError: no number with one of the units.
-    """
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    number, unit = text.strip()[:-1], text.strip()[-1:].lower()
-    try:
-        value = float(number) * units[unit]
-    except (ValueError, KeyError):
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ConfigError(f"budget must be like 20m, 90s or 1.5h, got {text!r}")
-    return value

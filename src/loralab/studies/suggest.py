@@ -14,7 +14,7 @@ from typing import Any
 from loralab.cluster import library
 from loralab.errors import ConfigError
 from loralab.studies import store
-from loralab.studies.halving import FIRST, RATES, SHAPES, default_arm, first_round, with_factor
+from loralab.studies.halving import FIRST, RATES, SHAPES, default_arm, short_run, with_factor
 from loralab.studies.rates import loss_of, usual
 from loralab.studies.runner import Session
 from loralab.studies.study import MISSING, Arm, Record, StudySetup, Trial
@@ -44,7 +44,7 @@ def suggested(own: Session, setup: StudySetup) -> list[Arm]:
             asked = search.ask(space)
             name, factor = asked.params[SHAPE], asked.params[FACTOR]
             shape = Arm(name=name, fields=dict(SHAPES)[name])
-            record = own.obtain(first_round(setup, with_factor(setup, shape, factor)))
+            record = own.obtain(short_run(setup, with_factor(setup, shape, factor)))
             if record.status == MISSING:  # the time is over
                 return
             search.tell(asked, _told(record))
@@ -85,13 +85,12 @@ def _known(folder: Path, setup: StudySetup) -> list[tuple[Arm, float]]:
         trial = Trial.of(json.loads(file.read_text(encoding="utf-8"))["cell"])
         fields = {k: v for k, v in trial.arm.fields.items() if k != "max_steps"}
         arm = Arm(name=trial.arm.name, fields=fields)
-        if trial.measure == SEARCH and first_round(setup, arm).digest == file.parent.name:
+        if trial.measure == SEARCH and short_run(setup, arm).digest == file.parent.name:
             found.append((arm, _told(store.read(folder, trial))))
     return found
 
 
 def _point(setup: StudySetup, arm: Arm) -> dict[str, Any]:
-    """Return a candidate as Optuna knows it."""
     factor = float(arm.fields["learning_rate"]) / usual(setup, arm)
     shape = arm.name.rpartition(", ")[0]
     if shape not in dict(SHAPES):
