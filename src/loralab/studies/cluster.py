@@ -161,15 +161,11 @@ def open_cluster(address: str | None) -> Iterator[Cluster | None]:
     Raises:
         ConfigError: it cannot be joined.
     """
-    if address is None:
-        yield None
-        return
-    with cluster.joined(address) as ray:
-        own = Cluster(ray)
-        try:
-            yield own
-        finally:
-            own.stop()
+    with contextlib.ExitStack() as stack:
+        own = None if address is None else Cluster(stack.enter_context(cluster.joined(address)))
+        if own is not None:
+            stack.callback(own.stop)
+        yield own
 
 
 def received(back: RemoteResult, place: Path) -> str:

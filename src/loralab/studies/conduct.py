@@ -211,8 +211,7 @@ def _sized(own: Session, setup: StudySetup, budget: float, started: float) -> St
 
 def _steps_of_a_run(setup: StudySetup) -> int:
     """Return how many steps `loralab train` takes on these rows."""
-    batch, rows = int(setup.fields["batch_size"]), len(rows_of(setup).splits["train"])
-    return Training().epochs * math.ceil(rows / batch)
+    return Training().epochs * math.ceil(len(rows_of(setup).splits["train"]) / int(setup.fields["batch_size"]))
 
 
 def _write_config(folder: Path, setup: StudySetup, advice: Mapping[str, Any], asked: StudyOptions) -> None:
@@ -250,8 +249,7 @@ def _prepared(
 def _work(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None) -> list[Work]:
     if name.endswith(".toml"):
         return [_own(Path(name), asked, mapping)]
-    names = list(catalog.STUDIES) if name == ALL else [name]
-    return [(catalog.setup(one, asked, mapping), None) for one in names]
+    return [(catalog.setup(one, asked, mapping), None) for one in (catalog.STUDIES if name == ALL else [name])]
 
 
 def _own(file: Path, asked: StudyOptions, mapping: Mapping[str, str] | None) -> Work:
@@ -289,10 +287,9 @@ def _require_place(folder: Path, *, resume: bool) -> None:
     """Require a new folder, or with `resume` one that holds a study."""
     if (folder / store.STUDY).is_file():
         if not resume:
-            raise OutputError(
-                f"{folder} holds a study; go on with --resume, show it with loralab report "
-                f"{shlex.quote(str(folder))}, or choose another --output-dir"
-            )
+            show = f"loralab report {shlex.quote(str(folder))}"
+            hint = f"go on with --resume, show it with {show}, or choose another --output-dir"
+            raise OutputError(f"{folder} holds a study; {hint}")
         return
     partial = store.STUDY + atomic.PARTIAL
     left = {store.LOCK, store.LOG, store.RUNS, FOLDER, partial}  # by a killed one

@@ -77,15 +77,9 @@ def in_order(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def content_of(sections: Sequence[Section]) -> dict[str, Any]:
     """Return what both forms of the report speak of."""
-    return {
-        "sections": sections,
-        "advice": [advised(group) for group in grouped(sections)],
-        "closing": closing_answers(sections),
-        "today": date.today(),
-        "version": loralab.__version__,
-        "message": Message,
-        "marks": MARKS,
-    }
+    advice, closing = [advised(group) for group in grouped(sections)], closing_answers(sections)
+    own = {"today": date.today(), "version": loralab.__version__, "message": Message, "marks": MARKS}
+    return {"sections": sections, "advice": advice, "closing": closing, **own}
 
 
 def closing_answers(sections: Sequence[Section]) -> list[tuple[Message, list[Message]]]:

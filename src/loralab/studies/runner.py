@@ -31,16 +31,11 @@ def records(folder: Path) -> dict[str, tuple[StudySetup, list[Record]]]:
     found = {}
     for name, (setup, arms, invalid) in store.plans(folder).items():
         able = [arm for arm in arms if arm.name not in invalid]
-        own = search.walk(setup, able, lambda trial: store.read(folder, trial) or missing(trial))
+        own = search.walk(setup, able, lambda trial: store.read(folder, trial) or trial.record(status=MISSING))
         unable = [arm for arm in arms if arm.name in invalid]
         own += [Record(arm=arm, seed=0, status=FAILED, reason=invalid[arm.name]) for arm in unable]
         found[name] = (setup, own)
     return found
-
-
-def missing(trial: Trial, reason: str = "") -> Record:
-    """Return the record of a trial that did not run."""
-    return trial.record(status=MISSING, reason=reason)
 
 
 class Session:
@@ -95,7 +90,11 @@ class Session:
         self.pace.left = 3.0 if decides else math.fsum(search.whole_runs(setup, arm) for arm in arms)
         if (away := self.cluster) is not None:
             away.require_ready(setup)
-            search.walk(setup, arms, lambda t: self.obtain(t) if away.accepts(t) else missing(t), away.each)
+
+            def obtain(trial: Trial) -> Record:  # what stays at home comes after it
+                return self.obtain(trial) if away.accepts(trial) else trial.record(status=MISSING)
+
+            search.walk(setup, arms, obtain, away.each)
         return search.walk(setup, arms, self.obtain)
 
     def obtain(self, trial: Trial) -> Record:
@@ -154,7 +153,7 @@ class Session:
         self._tried.add(trial.digest)
         if not self.pace.fits(trial):
             self.pace.done(trial)
-            return missing(trial, BUDGET)
+            return trial.record(status=MISSING, reason=BUDGET)
         self.tell(trial, "begins")
         started = time.monotonic()
         reason = executor.measure(trial, store.place_of(self.folder, trial), self._listener)

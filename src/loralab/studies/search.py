@@ -60,7 +60,12 @@ def walk(setup: StudySetup, arms: Sequence[Arm], obtain: Obtain, each: Each = in
     def measure_of(arm: Arm) -> str:
         return str(arm.options.get("measure") or module.MEASURE)
 
-    ready = each(lambda arm: tuned(setup, arm, obtain, measure_of(arm), each), arms)
+    def tuned(arm: Arm) -> Search:
+        if needs_search(setup, arm):
+            return tune(setup, arm, obtain, measure_of(arm), each)
+        return Search(arm=arm, rate=arm.fields.get("learning_rate"))
+
+    ready = each(tuned, arms)
     found = {search.arm.name: search for search in ready}
 
     def run(arm: Arm, seed: int) -> Record:
@@ -111,13 +116,6 @@ def contenders(records: Sequence[Record], setup: StudySetup) -> list[str]:
     able, first = possible_best(found), leader(found)
     pairs = [found.contrast(first, name) for name in able if name != first]
     return able if any(pair.of_seeds > WORTH * pair.of_rows for pair in pairs) else []
-
-
-def tuned(setup: StudySetup, arm: Arm, obtain: Obtain, measure: str, each: Each = in_turn) -> Search:
-    """Return an arm at its learning rate: its own, the setup's, or the best that a search finds."""
-    if needs_search(setup, arm):
-        return tune(setup, arm, obtain, measure, each)
-    return Search(arm=arm, rate=arm.fields.get("learning_rate"))
 
 
 def tune(setup: StudySetup, arm: Arm, obtain: Obtain, measure: str, each: Each = in_turn) -> Search:

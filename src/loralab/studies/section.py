@@ -80,22 +80,18 @@ def section(name: str, setup: StudySetup, records: Sequence[Record], folder: str
 
 def measured(setup: StudySetup, records: Sequence[Record]) -> Message:
     """Say how the runs of a study were made equal, and what they cost."""
+    scored = [len(r.items["score"]) for r in records if r.items.get("score")]  # a task may have fewer than asked for
     return Message(
         "page.measured",
         model=setup.model,
         data=setup.data,
         steps=setup.fields.get("max_steps"),
         batch=setup.fields.get("batch_size"),
-        rows=_rows(records),
+        rows=max(scored, default=None),
         seeds=_seeds(records, setup),
         rates=_rates(setup, records),
         cost=sum(r.seconds for r in records),
     )
-
-
-def _rows(records: Sequence[Record]) -> int | None:
-    """Return how many test rows were scored; a task may have fewer than were asked for."""
-    return max((len(r.items["score"]) for r in records if r.items.get("score")), default=None)
 
 
 def _seeds(records: Sequence[Record], setup: StudySetup) -> str:

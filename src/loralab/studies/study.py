@@ -72,7 +72,8 @@ class StudySetup:
         for name in ("values", "rates"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not (0 < self.seeds <= MOST_SEEDS and 0 <= self.seeds_max <= MOST_SEEDS):
-            raise ConfigError(f"a study has 1 to {MOST_SEEDS} seeds", code="wrong_value", field="seeds")
+            message = f"a study has 1 to {MOST_SEEDS} seeds, got seeds {self.seeds} and seeds_max {self.seeds_max}"
+            raise ConfigError(message, code="wrong_value", field="seeds")
 
     def chosen(self, known: Sequence[str], usual: Sequence[str]) -> list[str]:
         """Return what was asked for after --values, each once; where nothing was, the usual.
