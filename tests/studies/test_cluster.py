@@ -19,8 +19,7 @@ from studies.outcomes import results
 from loralab.cluster import joined, require_reachable
 from loralab.errors import ConfigError
 from loralab.studies import store
-from loralab.studies.away import RemoteResult, measure_here
-from loralab.studies.cluster import LOCAL_ONLY, Cluster, received
+from loralab.studies.cluster import LOCAL_ONLY, Cluster, RemoteResult, measure_here, received
 from loralab.studies.executor import Here
 from loralab.studies.halving import FIRST, RATES
 from loralab.studies.rates import usual
