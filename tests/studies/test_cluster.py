@@ -74,6 +74,16 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         pass
 
 
+def test_a_cluster_that_does_not_start_is_no_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**given: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray does
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    with pytest.raises(ConfigError) as error, joined("local"):
+        pass
+    assert (error.value.code, error.value.field) == ("no_cluster", "ray")
+
+
 def test_what_reads_other_trials_or_takes_times_stays_at_home() -> None:
     signs = ("carried import adapter_folder", "folder.parent", "perf_counter")
     found = {
