@@ -17,7 +17,7 @@ from loralab.errors import LearningError
 from loralab.models.load import Base
 from loralab.studies.fields import configured
 from loralab.studies.measures.carried import base_for
-from loralab.studies.measures.watch import gradient_norm, named, outputs_of, watched
+from loralab.studies.measures.watch import gradient_norm, hidden_states, named, outputs_of, watched
 from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, diverged, scored, trained
 from loralab.tasks.encode import encode
@@ -143,8 +143,7 @@ def _of_batch(base: Base, batch: Mapping[str, Tensor]) -> Outputs:
     losses = kind_named(base.kind).losses(logits, labels)
     sums = losses.new_zeros(int(rows.max()) + 1).index_add_(0, rows, losses)
     mask = batch.get("attention_mask")
-    out = seen[0]  # T5 has no model around its encoder and its decoder
-    states = out.last_hidden_state if "last_hidden_state" in out else out.encoder_last_hidden_state
+    states = hidden_states(seen[0])
     read = mask is not None and mask.shape == states.shape[:2]  # a decoder of its own reads other places
     features = states[mask.bool()] if mask is not None and read else states.flatten(0, -2)
     return Outputs(losses=sums / rows.bincount().clamp_min(1), logits=logits, features=features.float())

@@ -1,6 +1,7 @@
 """Q11: can the rank be dynamic? AdaLoRA against one rank for all, at the same final sum of ranks."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,19 +10,10 @@ from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import mean_of, means_of, parameters, score_column
 from loralab.studies.measures.shrinking import MEASURE_BUDGET
-from loralab.studies.measures.watch import mean_of_steps
-from loralab.studies.message import Column, Message, Table, clauses, sentences
+from loralab.studies.message import Message, Table, clauses, columns, sentences
 from loralab.studies.ranking import Arms
-from loralab.studies.readings.final_ranks import (
-    agreement,
-    budget_chart,
-    by_layer,
-    by_module,
-    is_adaptive,
-    met_target,
-    ranks_chart,
-    ranks_of,
-)
+from loralab.studies.readings import final_ranks
+from loralab.studies.readings.final_ranks import is_adaptive, ranks_of
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import MEASURE
 
@@ -68,7 +60,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         findings=list(claims.values()),
         blanks=[(WHERE, _where(first, moved[first])), (CHALLENGES, _challenges(first, rivals, found.arms))],
         tables=[_budget_table(found, rivals), found.scores],
-        figures=[budget_chart(moved), *ranks_chart(first, moved[first])],
+        figures=[final_ranks.budget_chart(moved), final_ranks.ranks_chart(first, moved[first])],
         advice=_advice(claims.get(first), moved[first][0].arm.fields),
     )
 
@@ -83,7 +75,7 @@ def _uniform(record: Record, trained: Arms) -> str | None:
 def _sentence(name: str, runs: Sequence[Record], claim: Finding | None) -> Message:
     """Say whether the ranks moved as planned, and whether that pays."""
     ranks = means_of(runs, ("ranks_start", "ranks_left", "ranks_target", "ranks_in_file"))
-    said = Message("adaptive.kept" if met_target(runs) else "adaptive.missed", arm=name, **ranks)
+    said = Message("adaptive.kept" if final_ranks.met_target(runs) else "adaptive.missed", arm=name, **ranks)
     return sentences(said, Message("adaptive.no_rival") if claim is None else claim.sentence)
 
 
@@ -92,7 +84,11 @@ def _where(name: str, runs: Sequence[Record]) -> Message:
     ranks = ranks_of(runs)
     if not ranks:
         return Message("answer.not_measured")
-    modules, layers, correlation = by_module(ranks), by_layer(ranks), agreement(runs)
+    modules, layers, correlation = (
+        final_ranks.by_module(ranks),
+        final_ranks.by_layer(ranks),
+        final_ranks.agreement(runs),
+    )
     most, least = max(modules, key=lambda m: modules[m]), min(modules, key=lambda m: modules[m])
     extremes = Message(
         "adaptive.where", arm=name, most=most, most_rank=modules[most], least=least, least_rank=modules[least]
@@ -121,36 +117,24 @@ def _challenges(name: str, rivals: Mapping[str, str], trained: Arms) -> Message:
 
 def _budget_table(found: Comparison, rivals: Mapping[str, str]) -> Table:
     """Return ranks and parameters of every arm, in training and in the file."""
-    ranks = [Column(f"ranks_{name}", "count") for name in ("start", "left", "in_file")]
-    rows = []
+    ranks, costs, rows = ("ranks_start", "ranks_left", "ranks_in_file"), ("stored_parameters", "step_seconds"), []
     for name, runs in found.arms.items():
-        trained = parameters(runs)
-        numbers = means_of(runs, [*(column.name for column in ranks), "stored_parameters"])
+        numbers = means_of(runs, (*ranks, *costs)) | {"training_parameters": parameters(runs)}
         if not is_adaptive(runs[0]):
-            numbers = dict.fromkeys((column.name for column in ranks), _uniform_sum(name, rivals, found.arms))
-            numbers["stored_parameters"] = trained
-        first = mean_of_steps([run.series["loss"][:1] for run in runs if run.series.get("loss")])
-        rows.append(
-            {
-                "arm": name,
-                "training_parameters": trained,
-                "step_seconds": mean_of(runs, "step_seconds"),
-                "first_loss": first[0] if first else None,
-                "score": found.metric.scored(runs),
-                **numbers,
-            }
-        )
-    sizes = [Column(f"{name}_parameters", "count") for name in ("training", "stored")]
-    others = (Column("step_seconds", "seconds"), Column("first_loss", ".4f"), score_column(found.metric))
-    return Table(title=Message("table.budget"), columns=(Column("arm"), *ranks, *sizes, *others), rows=rows)
+            numbers |= dict.fromkeys(ranks, _uniform_sum(name, rivals, found.arms))
+            numbers["stored_parameters"] = numbers["training_parameters"]
+        losses = [run.series["loss"][0] for run in runs if run.series.get("loss")]
+        first = statistics.fmean(losses) if losses else None
+        rows.append({"arm": name, "first_loss": first, "score": found.metric.scored(runs), **numbers})
+    sizes = (*(f"{name}:count" for name in ranks), "training_parameters:count", "stored_parameters:count")
+    shown = columns("arm", *sizes, "step_seconds:seconds", "first_loss:.4f", score_column(found.metric))
+    return Table(title=Message("table.budget"), columns=shown, rows=rows)
 
 
 def _uniform_sum(name: str, rivals: Mapping[str, str], trained: Arms) -> float:
     """Return the sum of ranks of LoRA: its rank in as many modules as AdaLoRA has."""
-    adaptive = next((moved for moved, rival in rivals.items() if rival == name), None)
-    if adaptive is None:
-        return math.nan
-    return mean_of(trained[adaptive], "modules") * float(trained[name][0].arm.fields["rank"])
+    modules = next((mean_of(trained[moved], "modules") for moved, rival in rivals.items() if rival == name), math.nan)
+    return modules * float(trained[name][0].arm.fields["rank"])
 
 
 def _advice(claim: Finding | None, fields: Mapping[str, Any]) -> dict[str, Any]:

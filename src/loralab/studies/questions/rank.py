@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from loralab.models.load import Base
 from loralab.studies.compare import compare_arms
 from loralab.studies.evidence import Metric, mean_of, parameters
-from loralab.studies.measures.cuts import MEASURE_CUTS, cut_figure, kept_at
+from loralab.studies.measures.cuts import MEASURE_CUTS, cut_chart, kept_at
 from loralab.studies.message import Message, sentences
 from loralab.studies.study import Answer, Arm, Record, StudySetup, nothing_measured
 from loralab.studies.trained import BASE_ARM, MEASURE
@@ -18,12 +18,8 @@ RANKS = (2, 4, 8, 16, 32, 64)
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return one arm for each rank, alpha fixed at 16, and the base model; the largest rank is cut as well."""
     ranks = setup.ranks(RANKS)
-    return [BASE_ARM, *(_arm(rank, is_cut=rank == ranks[-1]) for rank in ranks)]
-
-
-def _arm(rank: int, *, is_cut: bool) -> Arm:
-    options = {"measure": MEASURE_CUTS} if is_cut else {}
-    return Arm(name=f"r={rank}", fields={"method": "lora", "rank": rank}, options=options)
+    options = {rank: {"measure": MEASURE_CUTS} if rank == ranks[-1] else {} for rank in ranks}
+    return [BASE_ARM, *(Arm(name=f"r={r}", fields={"method": "lora", "rank": r}, options=options[r]) for r in ranks)]
 
 
 def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
@@ -38,7 +34,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     return found.answer(
         sentence=sentences(found.recommendation, cut),
         blanks=[(f"rank={rank_of(name)}", _blank(own, found.metric)) for name, own in found.arms.items()],
-        figures=[chart, *cut_figure(runs, found.metric)],
+        figures=[chart, cut_chart(runs, found.metric)],
         advice={"rank": rank_of(taken)} if taken else {},
     )
 

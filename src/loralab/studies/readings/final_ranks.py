@@ -1,16 +1,19 @@
 """Ranks of AdaLoRA read from records: over time, where they went, whether seeds agree."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from loralab.studies.evidence import mean_of
 from loralab.studies.measures.watch import mean_of_steps
-from loralab.studies.message import Chart, Message
+from loralab.studies.message import Chart, Message, chart
 from loralab.studies.places import place_of, type_of
 from loralab.studies.ranking import Arms
 from loralab.studies.study import Record
+
+T = TypeVar("T", bound=Hashable)
 
 
 def is_adaptive(record: Record) -> bool:
@@ -38,18 +41,18 @@ def ranks_of(runs: Sequence[Record]) -> dict[str, float]:
 
 def by_module(ranks: Mapping[str, float]) -> dict[str, float]:
     """Return the mean rank of every kind of module, over layers."""
-    kinds = {path: type_of(path) for path in ranks}
-    return {kind: _mean(ranks, kinds, kind) for kind in dict.fromkeys(kinds.values())}
+    return _means({path: type_of(path) for path in ranks}, ranks)
 
 
 def by_layer(ranks: Mapping[str, float]) -> dict[int, float]:
     """Return the mean rank of every layer, over its modules."""
-    layers = {path: layer for path in ranks if (layer := place_of(path)[0]) is not None}
-    return {layer: _mean(ranks, layers, layer) for layer in sorted(set(layers.values()))}
+    means = _means({path: layer for path in ranks if (layer := place_of(path)[0]) is not None}, ranks)
+    return {layer: means[layer] for layer in sorted(means)}
 
 
-def _mean(ranks: Mapping[str, float], groups: Mapping[str, object], group: object) -> float:
-    return float(np.mean([ranks[path] for path, of_path in groups.items() if of_path == group]))
+def _means(groups: Mapping[str, T], ranks: Mapping[str, float]) -> dict[T, float]:
+    members = {group: [ranks[path] for path, own in groups.items() if own == group] for group in groups.values()}
+    return {group: float(np.mean(own)) for group, own in members.items()}
 
 
 def agreement(runs: Sequence[Record]) -> float | None:
@@ -65,34 +68,26 @@ def agreement(runs: Sequence[Record]) -> float | None:
 
 def budget_chart(moved: Arms) -> Chart:
     """Return triplets left after every step, as counted; the schedule only where it is not the same."""
-    lines: list[tuple[Message | str, list[float]]] = []
+    lines: dict[Message | str, list[float]] = {}
     for name, runs in moved.items():
-        left, planned = (_curve(runs, series) for series in ("budget", "schedule"))
-        lines += (
-            [(name, left)] if left == planned else [(name, left), (Message("adaptive.schedule", arm=name), planned)]
+        left, planned = (
+            mean_of_steps([run.series[series] for run in runs if run.series.get(series)])
+            for series in ("budget", "schedule")
         )
-    rows = [{"arm": line, "x": i + 1, "y": ranks} for line, curve in lines for i, ranks in enumerate(curve)]
+        lines |= {name: left} if left == planned else {name: left, Message("adaptive.schedule", arm=name): planned}
+    rows = [{"arm": line, "x": i, "y": ranks} for line, curve in lines.items() for i, ranks in enumerate(curve, 1)]
     targets = {mean_of(runs, "ranks_target") for runs in moved.values()}
-    options = {"chance": targets.pop() if len(targets) == 1 else None}
-    title, axes = Message("adaptive.budget_chart"), (Message("axis.step"), Message("adaptive.sum_of_ranks"))
-    return Chart("lines", "adaptive-budget", title, rows, *axes, Message("column.arm"), options)
+    target = targets.pop() if len(targets) == 1 else None
+    titles = ("axis.step", "adaptive.sum_of_ranks", "column.arm")
+    return chart("lines", "adaptive-budget", "adaptive.budget_chart", rows, *titles, chance=target)
 
 
-def _curve(runs: Sequence[Record], series: str) -> list[float]:
-    return mean_of_steps([run.series[series] for run in runs if run.series.get(series)])
-
-
-def ranks_chart(name: str, runs: Sequence[Record]) -> list[Chart]:
+def ranks_chart(name: str, runs: Sequence[Record]) -> Chart:
     """Return the final rank of every module, layer against module."""
-    ranks = ranks_of(runs)
-    places = {path: place_of(path) for path in ranks}
-    rows = [
-        {"x": "–" if layer is None else str(layer), "y": module, "value": ranks[path]}
-        for path, (layer, module) in places.items()
-    ]
-    options = {
-        "digits": ".0f" if len(runs) == 1 else ".1f",
-        "height": max(120, 36 * len({module for _, module in places.values()})),
-    }
-    title, axes = Message("adaptive.ranks_chart", arm=name), (Message("column.layer"), Message("axis.module"))
-    return [Chart("heat", "adaptive-ranks", title, rows, *axes, Message("column.rank"), options)] if rows else []
+    rows = []
+    for path, rank in ranks_of(runs).items():
+        layer, module = place_of(path)
+        rows.append({"x": "–" if layer is None else str(layer), "y": module, "value": rank})
+    title, titles = Message("adaptive.ranks_chart", arm=name), ("column.layer", "axis.module", "column.rank")
+    digits, height = ".0f" if len(runs) == 1 else ".1f", max(120, 36 * len({row["y"] for row in rows}))
+    return chart("heat", "adaptive-ranks", title, rows, *titles, digits=digits, height=height)
