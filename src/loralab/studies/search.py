@@ -14,7 +14,7 @@ from loralab.studies.prepare import question_module
 from loralab.studies.race import contenders
 from loralab.studies.rates import Run
 from loralab.studies.study import EDGE, MISSING, Arm, Record, StudySetup, Trial
-from loralab.studies.trained import SEARCH
+from loralab.studies.trained import MEASURE, SEARCH
 
 Obtain = Callable[[Trial], Record]
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
@@ -54,7 +54,7 @@ def walk(setup: StudySetup, arms: Sequence[Arm], obtain: Obtain, each: Each = in
         return list(module.walk(setup, arms, obtain, each))
 
     def measure_of(arm: Arm) -> str:
-        return str(arm.options.get("measure") or module.MEASURE)
+        return str(arm.options.get("measure") or getattr(module, "MEASURE", MEASURE))
 
     ready = each(lambda arm: tuned(setup, arm, obtain, measure_of(arm), each), arms)
     found = {search.arm.name: search for search in ready}

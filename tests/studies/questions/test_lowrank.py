@@ -17,13 +17,15 @@ from torch import nn
 from loralab.adapters.spectrum import overlap
 from loralab.errors import ConfigError
 from loralab.studies import verdicts
+from loralab.studies.measures import dimension as measured_dimension
 from loralab.studies.measures import frozen, overlaps, spectra
 from loralab.studies.message import Message
 from loralab.studies.questions import lowrank
 from loralab.studies.readings import dimension
 from loralab.studies.readings.intruders import intruders
 from loralab.studies.readings.low_rank import Part
-from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, Trial
+from loralab.studies.trained import measured
 from loralab.studies.wording import LANGUAGES, say
 from loralab.training.preflight import load_base
 
@@ -250,6 +252,25 @@ def test_it_runs_on_a_tiny_model(
     assert modules == 2 * 6 + 1
     assert answer.figures and answer.tables
     assert sum("phi" in f.name for f in answer.figures) == 4
+
+
+def test_what_decides_is_what_every_arm_is_scored_by(tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
+    setup = setup_of("lowrank", tiny_bert_folder, noise_file, seeds=1, metric="loss")
+    arms = {
+        "base": Arm(name="base", options={"measure": measured_dimension.MEASURE_FLOOR}),
+        "did": Arm(name="did", options={"measure": measured_dimension.MEASURE_DIMENSION, "variant": "did", "d": 10}),
+        "head": Arm(name="head", options={"measure": frozen.MEASURE_FROZEN}),
+    }
+    found = {}
+    for name, arm in arms.items():
+        own = replace(arm, options={**arm.options, "rates": [1.0]})
+        trial = Trial(measure=own.options["measure"], setup=setup, arm=own, seed=0)
+        found[name] = measured(trial, tmp_path / name, lambda event: None)
+    for name in ("base", "did"):
+        assert found[name].texts["metric"] == "loss"
+        assert max(found[name].items["score"]) < 0
+        assert "majority" not in found[name].items
+    assert (found["head"].status, found["head"].items) == ("failed", {})
 
 
 def test_the_values_are_numbers_of_directions(tiny_bert_folder: Path, noise_file: Path) -> None:

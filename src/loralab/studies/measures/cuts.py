@@ -1,19 +1,15 @@
 """A trained adapter cut to smaller ranks by SVD, and scored again without training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.spectrum import decompose
-from loralab.studies.evidence import Metric, mean_of
 from loralab.studies.measures.layers import low_rank
-from loralab.studies.message import Chart, Message, chart
-from loralab.studies.statistics import difference
 from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, items_of, score_on, scored, trained
 
@@ -29,7 +25,7 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     whole = {name: (module.lora_A.detach().clone(), module.lora_B.detach().clone()) for name, module in layers.items()}
     for rank in (r for r in CUTS if r < trial.arm.fields["rank"]):
         _put(layers, {name: truncated(A, B, rank) for name, (A, B) in whole.items()})
-        found[f"{CUT}{rank}"] = items_of(score_on(run, "test"))
+        found[f"{CUT}{rank}"] = items_of(score_on(run, "test"), trial.setup.metric)
     _put(layers, whole)
     record = scored(trial, run, folder)
     return replace(record, items={**record.items, **found})
@@ -50,30 +46,3 @@ def _put(layers: Mapping[str, LinearWithLoRA], new: Mapping[str, tuple[Tensor, T
     for name, (A, B) in new.items():
         layers[name].lora_A.copy_(A)
         layers[name].lora_B.copy_(B)
-
-
-def kept_at(records: Sequence[Record], metric: Metric) -> int | None:
-    """Return the smallest cut that is shown to keep the score, within the margin; None if none is."""
-    margin, whole = metric.margin_at(abs(mean_of(records, "score"))), [r.items["score"] for r in records]
-    for rank in _cuts(records):
-        found = difference([r.items[f"{CUT}{rank}"] for r in records], whole, margin=margin)
-        if found.verdict in ("equivalent", "better"):
-            return rank
-    return None
-
-
-def cut_chart(records: Sequence[Record], metric: Metric) -> Chart:
-    """Return the score of every cut against its rank; dashed, that of the whole."""
-    sign, rows = 1 if metric.rises else -1, []
-    whole = sign * float(np.mean([np.mean(r.items["score"]) for r in records]))
-    for rank in _cuts(records):
-        items = np.mean([r.items[f"{CUT}{rank}"] for r in records], axis=0)
-        mean, half = sign * float(items.mean()), 1.96 * float(items.std(ddof=1)) / len(items) ** 0.5
-        rows.append({"arm": f"r={rank}", "x": rank, "value": mean, "low": mean - half, "high": mean + half})
-    axes, rises = ("rank.rank_kept", Message("axis.score", metric=metric.text)), metric.rises
-    return chart("intervals", "rank-cut", "rank.cut_chart", rows, *axes, log=True, chance=whole, percent=rises)
-
-
-def _cuts(records: Sequence[Record]) -> list[int]:
-    shared = set.intersection(*({k for k in r.items if k.startswith(CUT)} for r in records))
-    return sorted(int(name.removeprefix(CUT)) for name in shared)

@@ -32,10 +32,8 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train d numbers at each rate, keep the run of the lowest validation loss, score it."""
     task = rows_of(trial.setup)
     found = [_one(trial, task, float(rate)) for rate in trial.arm.options["rates"]]
-    alive = [record for record in found if record.items]
-    if not alive:
-        return found[0]
-    return min(alive, key=lambda record: record.numbers["validation_loss"])
+    alive = [record for record in found if record.items] or found[:1]
+    return min(alive, key=lambda record: record.numbers.get("validation_loss", math.inf))
 
 
 def _one(trial: Trial, task: Task, rate: float) -> Record:
@@ -55,15 +53,17 @@ def _one(trial: Trial, task: Task, rate: float) -> Record:
     model = subspace.settle()
 
     test, validation = (score(base, task, split, model=model) for split in ("test", "validation"))
+    metric = trial.setup.metric or test.main
+    train_loss, test_loss = smoothed(losses, 10)[-1], test.metrics["loss"]
     numbers = {
-        "score": test.metrics[test.main],
-        "test_loss": test.metrics["loss"],
+        "score": test.metrics[metric],
+        "test_loss": test_loss,
         "validation_loss": validation.metrics["loss"],
-        "train_loss": smoothed(losses, 10)[-1],
-        "gap": test.metrics["loss"] - smoothed(losses, 10)[-1],
+        "train_loss": train_loss,
+        "gap": test_loss - train_loss,
         "parameters": size,
         "large": subspace.large,
         "scale": rate,
     }
-    texts = {"metric": test.main}
-    return trial.record(numbers=numbers, items={"score": items_of(test)}, texts=texts, series={"loss": losses})
+    items, texts = {"score": items_of(test, metric)}, {"metric": metric}
+    return trial.record(numbers=numbers, items=items, texts=texts, series={"loss": losses})

@@ -33,7 +33,6 @@ from loralab.tasks.kinds.seq2seq import decoded
 from loralab.tasks.scorable import scorable
 from loralab.tasks.score import evaluate, evaluating
 
-LOSS, ACCURACY = "loss", "accuracy"
 ITEMS = "general"  # of a record: one value for each row of other data, after training
 # packaged data by kind of model, the first that is not the task's own is taken
 TEXTS = ("nyt-editorials", "movie-reviews")
@@ -103,7 +102,7 @@ def measured(base: Base, own: Task, asked: str = "", beside: tuple[Path, Trial] 
 
 def texts_of(general: Task, base: Base) -> dict[str, str]:
     """Return what general data is and its metric, the loss or the accuracy of a probe, as records hold them."""
-    return {"general": general.name, "general_kind": LOSS if kind_named(base.kind).packs else ACCURACY}
+    return {"general": general.name, "general_kind": "loss" if kind_named(base.kind).packs else "accuracy"}
 
 
 def untrained(base: Base, general: Task) -> Untrained:
@@ -231,7 +230,7 @@ def _contents(row: Row) -> Iterator[str]:
         if column == "messages":
             yield from (message["content"] for message in value)
         elif column != "label":
-            yield value if isinstance(value, str) else str(value)
+            yield str(value)
 
 
 def _few(task: Task) -> Task:

@@ -115,11 +115,5 @@ def amplified(A: Tensor, B: Tensor, scaling: float, weight: Tensor) -> dict[str,
     inside = float((U.T @ weight @ V).norm())
     chance = count / math.sqrt(weight.numel()) * float(weight.norm())
     own = float(values_of(weight)[:count].square().sum().sqrt())
-    return {
-        "update": size,
-        "weight": float(weight.norm()),
-        "inside": inside,
-        "chance": chance,
-        "own": own,
-        "factor": size / inside if inside else math.inf,
-    }
+    found = {"update": size, "weight": float(weight.norm()), "inside": inside, "chance": chance, "own": own}
+    return {**found, "factor": size / inside if inside else math.inf}

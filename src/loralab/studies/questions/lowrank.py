@@ -20,9 +20,6 @@ from loralab.studies.readings.directions import directions
 from loralab.studies.readings.intruders import intruders
 from loralab.studies.readings.spectra import spectra
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.trained import MEASURE
-
-__all__ = ["MEASURE", "arms", "conclude"]
 
 FULL, HEAD, PAIRS = "full", "linear head", f"r={SMALL} and r={LARGE}"
 SIZES = {  # variant -> d, thorough and quick

@@ -23,11 +23,9 @@ from loralab.studies.readings.latencies import Latencies, added, in_short, pass_
 from loralab.studies.readings.published import published_table
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import MARGIN
-from loralab.studies.trained import BASE_ARM, LEFT_OUT, MEASURE
+from loralab.studies.trained import BASE_ARM, LEFT_OUT
 from loralab.training.memory import available_bytes
 from loralab.values import check_choice
-
-__all__ = ["MEASURE", "arms", "conclude"]
 
 REFERENCE = {"method": "lora", "rank": 8}
 LARGE, SMALL = "r=8", "r=2"
@@ -65,8 +63,8 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
             replace(arm, name=f"prefix-mlp p={arm.fields['tokens']}", fields={**arm.fields, "method": "prefix-mlp"})
             for arm in prefixes
         ]
-    others = [method for method in wanted if method not in SIZES and (setup.values or _is_possible(base, method))]
-    found += [_sizeless(base, method) for method in others]
+    others = (method for method in wanted if method not in SIZES)
+    found += [arm for method in others for arm in _sizeless(base, method, asked=bool(setup.values))]
     unique = {arm.name: arm for arm in found}
     on_the_way = [_tradeoff(setup)] if FULL in unique and unique[FULL].tuned else []
     return [BASE_ARM, *unique.values(), *on_the_way, _latency(setup, base, budgets)]
@@ -90,23 +88,20 @@ def _sized(base: Base, method: str, budget: str, parameters: int) -> Arm:
     return Arm(name=name, fields=fields, options={"budget": budget})
 
 
-def _is_possible(base: Base, method: str) -> bool:
-    """Tell whether the model can have a method."""
-    try:
-        trained_parameters(base, {"method": method})
-    except InputError:
-        return False
-    return True
+def _sizeless(base: Base, method: str, *, asked: bool) -> list[Arm]:
+    """Return a method that has no size; none where the model cannot have it, and nobody asked for it.
 
-
-def _sizeless(base: Base, method: str) -> Arm:
-    """Return a method that has no size; full fine-tuning that does not fit into memory is left out by name."""
+    Full fine-tuning that does not fit into memory is left out by name.
+    """
     fields: Fields = {"method": method}
-    needed = STATE * trained_parameters(base, fields) if method == FULL else 0
-    if needed < ROOM * available_bytes(device_here()):
-        return Arm(name=method, fields=fields)
+    try:
+        needed = STATE * trained_parameters(base, fields)
+    except InputError:
+        return [Arm(name=method, fields=fields)] if asked else []
+    if method != FULL or needed < ROOM * available_bytes(device_here()):
+        return [Arm(name=method, fields=fields)]
     reason = f"its weights, gradients and moments take {needed / 1e9:.3g} GB, and less than that is free"
-    return Arm(name=method, fields=fields, options={"measure": LEFT_OUT, "reason": reason}, tuned=False)
+    return [Arm(name=method, fields=fields, options={"measure": LEFT_OUT, "reason": reason}, tuned=False)]
 
 
 def _tradeoff(setup: StudySetup) -> Arm:
@@ -136,9 +131,8 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     if found is None:
         return replace(nothing_measured(setup, (*SOURCE, CHOICE)), tables=passes, findings=pass_findings(times))
     refused = Message("methods.not_timed", variants=list(times.refused)) if times.refused else None
-    forgetting = published_claims(records, found, _lora(found), FULL)
-    published = published_table(found, times, _lora(found), _of_budget(found, LARGE), [own.row for own in forgetting])
-    on_forgetting = [finding for claim in forgetting for finding in claim.findings]
+    claimed, on_forgetting = published_claims(records, found, _lora(found), FULL)
+    published = published_table(found, times, _lora(found), _of_budget(found, LARGE), claimed)
     pairs = (claims(found.ranking, found.metric, list(_of_budget(found, budget))) for budget in BUDGETS)
     return found.answer(
         sentence=sentences(_at_budget(found), added(times), found.recommendation),

@@ -10,12 +10,9 @@ from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import Metric, mean_of, means_of, score_column
 from loralab.studies.message import Chart, Message, Table, chart, clauses, columns, names, sentences
 from loralab.studies.rates import rounded
-from loralab.studies.readings.sweep import Cell, Key, Sweep, diverged
+from loralab.studies.readings.sweep import Key, Sweep, diverged
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.trained import MEASURE
 from loralab.training.optim import usual_rate
-
-__all__ = ["MEASURE", "arms", "conclude"]
 
 RANKS, QUICK_RANKS = (4, 16, 64), (4, 64)
 # times LoRA's usual rate: wide enough for the best one to move
@@ -62,12 +59,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     return found.answer(
         sentence=sentence,
         findings=[*claims.values(), *_one_rate(sweep)],
-        blanks=[
-            (Message("scaling.stability_label"), _stability(sweep)),
-            (Message("scaling.speed_label"), _speed(sweep)),
-            (Message("scaling.final_label"), _final(sweep, found.metric)),
-            (Message("page.findings"), sentence),
-        ],
+        blanks=[*_blanks(sweep, found.metric), (Message("page.findings"), sentence)],
         tables=[_table(sweep, found.metric)],
         figures=_charts(sweep),
         method=Message("scaling.method_at", target=sweep.target),
@@ -142,29 +134,22 @@ def _drifts(sweep: Sweep) -> Message | None:
     return Message(key, parts=parts, **({"edges": edges} if edges else {}), **_span(sweep))
 
 
-def _stability(sweep: Sweep) -> Message:
-    parts = []
+def _blanks(sweep: Sweep, metric: Metric) -> list[tuple[Message, Message]]:
+    """Fill in stability, speed and final score as counted: no intervals, so nothing is claimed."""
+    stable, fast, scores = [], [], []
     for scaling, cells in sweep.scalings.items():
         lost, runs = diverged(cells)
         worst = max((cell.losses[rate] for cell in cells for rate in cell.ended), default=math.nan)
-        parts.append(Message("scaling.diverged", scaling=scaling, lost=lost, runs=runs, worst=worst))
-    return clauses(parts)
-
-
-def _speed(sweep: Sweep) -> Message:
-    """Say the steps to the target loss as counted: no interval, so nothing is claimed."""
-    steps = {str(cell): cell.steps_to(sweep.target) for cell in sweep.measured}
-    parts = [
-        Message("scaling.never", arm=arm) if taken is None else Message("scaling.steps", arm=arm, steps=taken)
-        for arm, taken in steps.items()
+        stable.append(Message("scaling.diverged", scaling=scaling, lost=lost, runs=runs, worst=worst))
+    for cell in sweep.measured:
+        arm, steps, score = str(cell), cell.steps_to(sweep.target), metric.value(mean_of(cell.at_best, "score"))
+        fast.append(Message("scaling.never" if steps is None else "scaling.steps", arm=arm, steps=steps))
+        scores.append(Message("scaling.score_at", arm=arm, score=score, rate=cell.best))
+    return [
+        (Message("scaling.stability_label"), clauses(stable)),
+        (Message("scaling.speed_label"), Message("scaling.speed", target=sweep.target, parts=fast)),
+        (Message("scaling.final_label"), Message("scaling.final", metric=metric.text, parts=scores)),
     ]
-    return Message("scaling.speed", target=sweep.target, parts=parts)
-
-
-def _final(sweep: Sweep, metric: Metric) -> Message:
-    scores = {str(cell): (metric.value(mean_of(cell.at_best, "score")), cell.best) for cell in sweep.measured}
-    parts = [Message("scaling.score_at", arm=arm, score=score, rate=rate) for arm, (score, rate) in scores.items()]
-    return Message("scaling.final", metric=metric.text, parts=parts)
 
 
 def _advice(sweep: Sweep, claims: Claims) -> dict[str, Any]:
@@ -186,29 +171,22 @@ def _advice(sweep: Sweep, claims: Claims) -> dict[str, Any]:
 
 
 def _table(sweep: Sweep, metric: Metric) -> Table:
+    """Return a row for each scaling and rank; where every rate diverged, it lacks what only a run to the end has."""
     shown = columns(
         *("scaling", "rank", "factor:short", "best_rate", "rates_as_good", "diverged_rates", "steps_to_target:.0f"),
         *("validation_loss:plain", score_column(metric), "step_seconds:seconds"),
     )
-    rows = [_row(sweep, cell, metric) for cell in sweep.cells.values()]
+    rows = []
+    for cell in sweep.cells.values():
+        factor, lost = LoRA(rank=cell.rank, scaling=cell.scaling).factor, [r for r in cell.runs if r not in cell.ended]
+        row: dict[str, Any] = {"scaling": cell.scaling, "rank": cell.rank, "factor": factor}
+        row["diverged_rates"] = _listed(lost) if lost else None
+        if runs := cell.at_best:
+            row |= means_of(runs, ("validation_loss", "step_seconds")) | {"score": metric.scored(runs)}
+            row["best_rate"] = Message("score.rate_edge" if sweep.at_edge(cell) else "score.rate", value=cell.best)
+            row |= {"rates_as_good": _listed(cell.as_good), "steps_to_target": cell.steps_to(sweep.target)}
+        rows.append(row)
     return Table(title=Message("scaling.table"), columns=shown, rows=rows)
-
-
-def _row(sweep: Sweep, cell: Cell, metric: Metric) -> dict[str, Any]:
-    """Return a row of the table; where every rate diverged, it lacks what only a run to the end has."""
-    lost = [rate for rate in cell.runs if rate not in cell.ended]
-    factor = LoRA(rank=cell.rank, scaling=cell.scaling).factor
-    row: dict[str, Any] = {"scaling": cell.scaling, "rank": cell.rank, "factor": factor}
-    row["diverged_rates"] = _listed(lost) if lost else None
-    if runs := cell.at_best:
-        row |= {
-            "best_rate": Message("score.rate_edge" if sweep.at_edge(cell) else "score.rate", value=cell.best),
-            "rates_as_good": _listed(cell.as_good),
-            "steps_to_target": cell.steps_to(sweep.target),
-            "score": metric.scored(runs),
-            **means_of(runs, ("validation_loss", "step_seconds")),
-        }
-    return row
 
 
 def _charts(sweep: Sweep) -> list[Chart]:

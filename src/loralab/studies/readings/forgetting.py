@@ -23,32 +23,13 @@ from loralab.studies.study import Finding, Record
 Points = Sequence[Mapping[str, Any]]  # of a run: step, loss on the task, general, rows
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A published claim on LoRA against full fine-tuning; None where it was not measured."""
+def published_claims(
+    records: Sequence[Record], found: Comparison, lora: str | None, full: str
+) -> tuple[list[Row], list[Finding]]:
+    """Tell whether LoRA learns less, and forgets less: after training, and at equal loss on the task.
 
-    name: str
-    names: tuple[Message | str, Message | str]
-    contrast: Contrast | None
-    metric: Metric
-    expected: str
-
-    @property
-    def row(self) -> Row:
-        """Return the claim, whether it holds here, and the difference."""
-        found, verdicts = self.contrast, [self.contrast.verdict] if self.contrast else []
-        numbers = None if found is None else self.metric.span(found.low, found.high)
-        here = holds_here(verdicts, {self.expected})
-        return {"claim": Message(f"methods.{self.name}"), "here": here, "numbers": numbers}
-
-    @property
-    def findings(self) -> list[Finding]:
-        """Return it as a finding, where it was measured."""
-        return [] if self.contrast is None else [claim(self.contrast, self.metric, self.names)]
-
-
-def published_claims(records: Sequence[Record], found: Comparison, lora: str | None, full: str) -> list[Claim]:
-    """Return that LoRA learns less, and forgets less: after training, and at equal loss on the task."""
+    The rows are those of the table of published claims; what was not measured is no finding.
+    """
     texts = next((r.texts for r in records if "general_kind" in r.texts), {"general_kind": "loss", "general": ""})
     metric, general = replace(found.metric, name=texts["general_kind"]), texts["general"]
     arms = (lora or "", full)
@@ -58,11 +39,18 @@ def published_claims(records: Sequence[Record], found: Comparison, lora: str | N
     runs = Tradeoffs.of(records)
     elsewhere = Message("methods.elsewhere", arm=arms[0], general=general)
     at_loss = Message("methods.elsewhere_at", arm=arms[0], general=general, loss=runs.equal_loss)
-    return [
-        Claim("learns_less", arms, learnt, found.metric, "worse"),
-        Claim("forgets_less", (elsewhere, full), end, metric, "better"),
-        Claim("forgets_less_at_loss", (at_loss, full), runs.at_equal_loss(metric), metric, "better"),
-    ]
+    rows: list[Row] = []
+    findings = []
+    for name, who, contrast, by, expected in (
+        ("learns_less", arms[0], learnt, found.metric, "worse"),
+        ("forgets_less", elsewhere, end, metric, "better"),
+        ("forgets_less_at_loss", at_loss, runs.at_equal_loss(metric), metric, "better"),
+    ):
+        here = holds_here([] if contrast is None else [contrast.verdict], {expected})
+        numbers = None if contrast is None else by.span(contrast.low, contrast.high)
+        rows.append({"claim": Message(f"methods.{name}"), "here": here, "numbers": numbers})
+        findings += [] if contrast is None else [claim(contrast, by, (who, full))]
+    return rows, findings
 
 
 def between(ours: Sequence[Any], theirs: Sequence[Any], metric: Metric) -> Contrast:

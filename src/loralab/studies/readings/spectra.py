@@ -29,7 +29,7 @@ def spectra(records: Sequence[Record], full: str) -> Part:
         changed=[size, found.sentence],
         findings=[found],
         tables=[_table(modules)],
-        figures=[_energy_chart(modules), _layers_chart(modules)],
+        figures=_charts(modules),
     )
 
 
@@ -73,26 +73,24 @@ def _table(modules: Rows) -> Table:
     return Table(title=Message("lowrank.update_table"), columns=shown, rows=rows)
 
 
-def _energy_chart(modules: Rows) -> Chart:
-    """Draw energy against the share of directions: the median of each kind, and random matrices."""
+def _charts(modules: Rows) -> list[Chart]:
+    """Draw energy against rank, by kind and of random matrices; and the directions that every module needs."""
     curves: dict[Any, Any] = {kind: [row["energy"] for row in own] for kind, own in _by_kind(modules).items()}
     for row in modules:
         small, large = sorted(row["shape"])
         curves.setdefault(Message("lowrank.random", small=small, large=large), [row["random_energy"]])
-    rows = [
+    lines = [
         {"arm": name, "x": x, "y": float(y)}
         for name, own in curves.items()
-        for x, y in zip(SHARES, np.median(np.asarray(own, dtype=float), axis=0), strict=True)
+        for x, y in zip(SHARES, np.median(own, axis=0), strict=True)
     ]
-    titles = ("lowrank.of_directions", "lowrank.of_energy", "axis.module")
-    return chart("lines", "lowrank-energy", "lowrank.energy_chart", rows, *titles, log_x=True, percent=True)
-
-
-def _layers_chart(modules: Rows) -> Chart:
-    """Draw the share of directions that hold 90 % of the energy, by layer and kind."""
-    rows = [
+    cells = [
         {"x": "–" if row["layer"] < 0 else str(row["layer"]), "y": row["module"], "value": share}
         for row, share in zip(modules, _shares(modules, "rank90"), strict=True)
     ]
-    titles, few = ("column.layer", "axis.module", "axis.share"), len({row["x"] for row in rows}) <= 16
-    return chart("heat", "lowrank-layers", "lowrank.layers_chart", rows, *titles, numbers=few)
+    energy, axes = ("lowrank.of_directions", "lowrank.of_energy", "axis.module"), ("column.layer", "axis.module")
+    few = len({cell["x"] for cell in cells}) <= 16
+    return [
+        chart("lines", "lowrank-energy", "lowrank.energy_chart", lines, *energy, log_x=True, percent=True),
+        chart("heat", "lowrank-layers", "lowrank.layers_chart", cells, *axes, "axis.share", numbers=few),
+    ]
