@@ -68,8 +68,7 @@ def of_weights(weights: Weights) -> list[dict[str, Any]]:
 
 def relation(run: Run, setup: StudySetup) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Return the rows of the task and of other data, as trained and repaired; without other data, why."""
-    first = score_on(run, "test")
-    metric = setup.metric or first.main
+    metric = setup.metric or run.scores["validation"].main
     looks: dict[str, Callable[[], Sequence[float]]] = {TASK: lambda: items_of(score_on(run, "test"), metric)}
     texts = {"task_metric": metric}
     try:

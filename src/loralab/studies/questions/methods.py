@@ -25,7 +25,6 @@ from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, noth
 from loralab.studies.timing import MARGIN
 from loralab.studies.trained import BASE_ARM, LEFT_OUT
 from loralab.training.memory import available_bytes
-from loralab.values import check_choice
 
 REFERENCE = {"method": "lora", "rank": 8}
 LARGE, SMALL = "r=8", "r=2"
@@ -70,12 +69,10 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
     return [BASE_ARM, *unique.values(), *on_the_way, _latency(setup, base, budgets)]
 
 
-def _wanted(setup: StudySetup) -> tuple[str, ...]:
+def _wanted(setup: StudySetup) -> list[str]:
     """Return the methods to compare with LoRA, those of other packages too."""
     known = (*SIZES, *SIZELESS, *(name for name, spec in specs().items() if is_outside(spec)))
-    for value in setup.values:
-        check_choice("values", value, known)
-    return setup.values or ((*(method for method, _ in SHORT), FULL) if setup.quick else known)
+    return setup.chosen(known, (*(method for method, _ in SHORT), FULL) if setup.quick else known)
 
 
 def _sized(base: Base, method: str, budget: str, parameters: int) -> Arm:

@@ -13,7 +13,7 @@ import numpy as np
 from loralab.studies.contrast import SEED, Floats
 from loralab.studies.evidence import Metric
 from loralab.studies.message import Chart, Column, Message, Table, chart, columns
-from loralab.studies.readings.low_rank import Part, Rows
+from loralab.studies.readings.low_rank import Part
 from loralab.studies.statistics import difference, monotone
 from loralab.studies.study import Finding, Record
 from loralab.studies.subspace import VARIANTS
@@ -33,13 +33,8 @@ def dimension(records: Sequence[Record], full: str, metric: Metric) -> Part:
     floor = _floor(records)
     goal = None if whole is None or floor is None else target(whole, floor)
     d90 = [] if whole is None or floor is None else _d90(curves, whole, floor, large, metric)
-    rows = _rows(curves, large, metric)
-    return Part(
-        sentences=[finding.sentence for finding in d90],
-        findings=d90,
-        tables=[_table(rows, metric)],
-        figures=[_chart(rows, goal, metric)],
-    )
+    table, curve = _drawn(curves, goal, large, metric)
+    return Part(sentences=[finding.sentence for finding in d90], findings=d90, tables=[table], figures=[curve])
 
 
 def _curve(records: Sequence[Record], variant: str) -> dict[int, Floats]:
@@ -126,25 +121,17 @@ def _kind(tried: Sequence[int], d90: float, low: float, high: float) -> str:
     return "at_most" if d90 == min(tried) else "found"
 
 
-def _rows(curves: Mapping[str, Curve], large: int, metric: Metric) -> Rows:
-    """Return the score of every variant and d."""
+def _drawn(curves: Mapping[str, Curve], goal: float | None, large: int, metric: Metric) -> tuple[Table, Chart]:
+    """Return the score of every variant and d; dashed in the chart: what d90 has to reach."""
     sign = 1 if metric.rises else -1
     points = [(name, d, sign * float(items.mean())) for name, own in curves.items() for d, items in own.items()]
-    return [
+    rows = [
         {"arm": name.upper(), "x": d, "y": y, "of": d / max(1, large), "score": metric.value(y)}
         for name, d, y in points
     ]
-
-
-def _table(rows: Rows, metric: Metric) -> Table:
-    score = Column("score", label=Message("axis.score", metric=metric.text))
-    sizes = ("arm::lowrank.variant_column", "x:count:lowrank.d_column", "of:fine percent:lowrank.of_column")
-    return Table(title=Message("lowrank.dimension_table"), columns=columns(*sizes, score), rows=rows)
-
-
-def _chart(rows: Rows, goal: float | None, metric: Metric) -> Chart:
-    """Draw the score against d; dashed: what d90 has to reach."""
-    level = goal if metric.rises or goal is None else -goal
-    titles = ("lowrank.d_column", Message("axis.score", metric=metric.text), "lowrank.variant_column")
+    score, variant, size = Message("axis.score", metric=metric.text), "lowrank.variant_column", "lowrank.d_column"
+    shown = columns(f"arm::{variant}", f"x:count:{size}", "of:fine percent:lowrank.of_column")
+    table = Table(title=Message("lowrank.dimension_table"), columns=[*shown, Column("score", label=score)], rows=rows)
+    axes, level = (size, score, variant), None if goal is None else sign * goal
     options: dict[str, Any] = {"log_x": True, "chance": level, "percent": metric.rises}
-    return chart("lines", "lowrank-dimension", "lowrank.curve_chart", rows, *titles, **options)
+    return table, chart("lines", "lowrank-dimension", "lowrank.curve_chart", rows, *axes, **options)
