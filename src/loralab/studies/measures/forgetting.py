@@ -259,12 +259,6 @@ def _states(base: Base, general: Task, split: str) -> tuple[Any, Any]:
     return np.stack([found[index] for index in range(len(labels))]), np.array(labels)
 
 
-def _writes_anew(model: Any) -> bool:
-    """Return whether a decoder of its own must be given something to read, as that of a classifier is not."""
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False)) and model.get_output_embeddings() is not None
-
-
 def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the mean of each row's last hidden states, without padding and the head: (B, H) in fp32.
 
@@ -274,8 +268,11 @@ def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ModelError: it has no such states.
     """
+    apart = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    # a decoder of its own must be given something to read, as that of a classifier is not
+    read = decoded(model, batch["input_ids"]) if apart and model.get_output_embeddings() is not None else {}
     with outputs_of(model) as seen:
-        run(model, batch, **(decoded(model, batch["input_ids"]) if _writes_anew(model) else {}))
+        run(model, batch, **read)
     states = hidden_states(seen[-1]) if seen else None
     if states is None:
         text = f"{type(model).__name__} gives no hidden states that a probe could read"

@@ -13,7 +13,7 @@ from loralab.studies.measures.step_zero import MEASURE_START as MEASURE
 from loralab.studies.message import Message, Table, columns, sentences
 from loralab.studies.ranking import FLOOR
 from loralab.studies.readings.starts import LOSS, MOVED, Start, charts_of, first_losses, starts_of
-from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
+from loralab.studies.study import DIVERGED, Answer, Arm, Finding, Record, StudySetup, nothing_measured
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
@@ -77,7 +77,7 @@ def _damage(starts: Mapping[str, Start]) -> list[Finding]:
 
 def _off(start: Start) -> Message:
     """Say how far the logits before training are from the base model's."""
-    if start.is_exact:
+    if all(run.numbers["start_equal"] for run in start.runs):  # bit for bit
         return Message("init.equal")
     if start.is_base:
         return Message("init.rounding", share=start.mean("start_logits"))
@@ -124,7 +124,8 @@ def _why(starts: Mapping[str, Start], final: Finding | None) -> Message:
     start = Message("init.why", zero=_off(starts[ZERO]), kaiming=_off(starts[KAIMING]))
     if final is not None:
         return sentences(start, Message(f"init.why_{final.verdict}"))
-    return sentences(start, Message("init.kaiming_diverged" if starts[KAIMING].has_diverged else "init.no_score"))
+    lost = any(run.status == DIVERGED for run in starts[KAIMING].runs)
+    return sentences(start, Message("init.kaiming_diverged" if lost else "init.no_score"))
 
 
 def _knowledge(starts: Mapping[str, Start]) -> Message:

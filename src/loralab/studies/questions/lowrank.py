@@ -75,22 +75,18 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     said, changed = ([*chain(*lists)] for lists in ([p.sentences for p in parts], [p.changed for p in parts]))
     meaning = sentences(Message("lowrank.meaning"), *(d90.sentences or [MISSING]))
     blanks = (_known(scored, metric, against_full), sentences(*(changed or [MISSING])), meaning)
+    scales = {"first": SCALES[0][0], "second": SCALES[0][1], "quick": SCALES[1][0], "rate": LORA_RATE}
     return Answer(
         sentence=sentences(*said) if said else Message("lowrank.neither"),
         findings=[*chain(*(part.findings for part in parts)), *against_full],
         blanks=list(zip(labels, blanks, strict=True)),
         tables=[*chain(*(part.tables for part in parts)), *([scores_table(scored, metric)] if scored else [])],
         figures=[*chain(*(part.figures for part in parts))],
-        method=_method(),
+        method=Message("lowrank.how", **scales, small=SMALL, large=LARGE, top=FIRST, near=NEAR, kept=KEPT),
         next=Message(
             "lowrank.between" if any(found.effect is not None for found in d90.findings) else "lowrank.longer"
         ),
     )
-
-
-def _method() -> Message:
-    scales = {"first": SCALES[0][0], "second": SCALES[0][1], "quick": SCALES[1][0], "rate": LORA_RATE}
-    return Message("lowrank.how", **scales, small=SMALL, large=LARGE, top=FIRST, near=NEAR, kept=KEPT)
 
 
 def _against_full(scored: Arms, metric: Metric) -> list[Finding]:

@@ -184,7 +184,8 @@ def _table(sweep: Sweep, metric: Metric) -> Table:
         if runs := cell.at_best:
             row |= means_of(runs, ("validation_loss", "step_seconds")) | {"score": metric.scored(runs)}
             row["best_rate"] = Message("score.rate_edge" if sweep.at_edge(cell) else "score.rate", value=cell.best)
-            row |= {"rates_as_good": _listed(cell.as_good), "steps_to_target": cell.steps_to(sweep.target)}
+            as_good = [rate for rate, verdict in cell.verdicts.items() if verdict != "better"]
+            row |= {"rates_as_good": _listed(sorted(as_good)), "steps_to_target": cell.steps_to(sweep.target)}
         rows.append(row)
     return Table(title=Message("scaling.table"), columns=shown, rows=rows)
 

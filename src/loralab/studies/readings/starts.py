@@ -10,7 +10,7 @@ from loralab.studies.evidence import Metric, mean_of
 from loralab.studies.measures.watch import mean_of_steps
 from loralab.studies.message import Chart, Message, chart
 from loralab.studies.statistics import difference
-from loralab.studies.study import DIVERGED, Record
+from loralab.studies.study import Record
 
 FIRST_STEPS = 50  # losses that the source asks for
 ROUNDING = 1e-4  # of the logits: less is fp32's rounding
@@ -29,24 +29,9 @@ class Start:
         return mean_of(self.runs, name)
 
     @property
-    def is_exact(self) -> bool:
-        """Tell whether the model before training is the base model bit for bit."""
-        return all(run.numbers["start_equal"] for run in self.runs)
-
-    @property
     def is_base(self) -> bool:
         """Tell whether the model before training is the base model but for rounding."""
         return self.mean("start_logits") < ROUNDING
-
-    @property
-    def has_diverged(self) -> bool:
-        """Tell whether a run diverged."""
-        return any(run.status == DIVERGED for run in self.runs)
-
-    @property
-    def losses(self) -> list[float]:
-        """Return the first training losses, mean over seeds."""
-        return mean_of_steps([run.series["loss"] for run in self.runs])[:FIRST_STEPS]
 
     def gradients(self, part: str) -> list[float]:
         """Return the length of the gradient of all A or all B at the first steps, mean over seeds."""
@@ -77,9 +62,10 @@ def starts_of(records: Sequence[Record]) -> dict[str, Start]:
 
 def first_losses(starts: Mapping[str, Start]) -> dict[str, list[float]]:
     """Return the first losses of every start that has some, as many for all."""
-    curves = {name: losses for name, start in starts.items() if (losses := start.losses)}
+    every = {name: mean_of_steps([run.series["loss"] for run in start.runs]) for name, start in starts.items()}
+    curves = {name: curve for name, curve in every.items() if curve}
     length = min(map(len, curves.values()), default=0)
-    return {name: curve[:length] for name, curve in curves.items()}
+    return {name: curve[: min(length, FIRST_STEPS)] for name, curve in curves.items()}
 
 
 def charts_of(starts: Mapping[str, Start]) -> list[Chart]:

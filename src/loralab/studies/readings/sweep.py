@@ -66,11 +66,6 @@ class Cell:
         return {self.best: "equivalent", **{r: found.contrast(f"{self.best}", f"{r}").verdict for r in others}}
 
     @property
-    def as_good(self) -> list[float]:
-        """Return the rates that are not shown to be worse than the best one."""
-        return [rate for rate in self.ended if self.verdicts[rate] != "better"]
-
-    @property
     def curve(self) -> list[float]:
         """Return the smoothed training loss at the best rate, the mean over seeds."""
         return mean_of_steps([smoothed(r.series["loss"]) for r in self.at_best if r.series.get("loss")])
