@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loralab.errors import ConfigError
-from loralab.serving.call_stream import BEGIN, END, CallStream, Told, call_pieces, named_call
+from loralab.serving.call_stream import BEGIN, END, CallPiece, CallStream, Told, call_pieces, named_call
 from loralab.serving.constraints import GRAMMAR, OPTIONS, Grammar
 from loralab.serving.detokenize import TokenBytes
 from loralab.serving.request import Delta
@@ -36,15 +36,6 @@ class ToolFormat:
     arguments: str = "arguments"
     listed: bool = False
     bare: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToolCall:
-    """A call of a function; `arguments` are JSON."""
-
-    id: str
-    name: str
-    arguments: str
 
 
 HERMES = ToolFormat(name="hermes", begin="<tool_call>\n", end="\n</tool_call>")
@@ -145,14 +136,14 @@ class ToolParser:
             tokens=self._tokens,
         )
 
-    def parse(self, text: str, tokens: Sequence[int]) -> tuple[str, list[ToolCall]]:
-        """Return the text of a whole answer without its calls, and these."""
-        stream, content, calls = self.stream(), "", list[ToolCall]()
+    def parse(self, text: str, tokens: Sequence[int]) -> tuple[str, list[CallPiece]]:
+        """Return the text of a whole answer without its calls, and these, each in one piece."""
+        stream, content, calls = self.stream(), "", list[CallPiece]()
         for told in [*stream.take(Delta(text=text, tokens=tuple(tokens))), *stream.finish()]:
             if isinstance(told, str):
                 content += told
             elif told.name:
-                calls.append(ToolCall(id=told.id, name=told.name, arguments=told.arguments))
+                calls.append(told)
             else:
                 calls[-1] = replace(calls[-1], arguments=calls[-1].arguments + told.arguments)
         return content, calls

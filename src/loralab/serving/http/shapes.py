@@ -13,7 +13,7 @@ from loralab.serving.call_stream import CallPiece, Told
 from loralab.serving.detokenize import escaped
 from loralab.serving.http import responses as api
 from loralab.serving.request import STOP, Answer, Completed, Delta, Finished, Ranked, TokenLogprob
-from loralab.serving.tool_calls import ToolCall, ToolParser
+from loralab.serving.tool_calls import ToolParser
 
 Json = dict[str, Any]
 Chunk = TypeVar("Chunk", api.CompletionChunk, api.ChatChunk)
@@ -181,7 +181,7 @@ class ChatShape(_Shape):
         return self.chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
 
 
-def _call(call: ToolCall) -> api.ToolCall:
+def _call(call: CallPiece) -> api.ToolCall:
     function = api.CalledFunction(name=call.name, arguments=call.arguments)
     return api.ToolCall(id=call.id, type="function", function=function)
 
