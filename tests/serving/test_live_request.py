@@ -76,7 +76,8 @@ def streamed(events: list[Event]) -> Any:
     """Return the pieces of a completion's logprobs, put together."""
     answer = Answer(id="", adapter=None, digest=None, cancel=lambda: None)
     shape = CompletionShape([answer], model="m", choices=1, usage=False)
-    pieces = [shape.piece(0, event).as_json()["choices"][0] for event in events[:-1]]  # type: ignore[arg-type]
+    chunks = [chunk for event in events[:-1] for chunk in shape.pieces(0, event)]  # type: ignore[arg-type]
+    pieces = [chunk.as_json()["choices"][0] for chunk in chunks]
     parts = [piece["logprobs"] for piece in pieces if piece["logprobs"]]
     return "".join(piece["text"] for piece in pieces), {
         key: [one for part in parts for one in part[key]] for key in (parts[0] if parts else ())

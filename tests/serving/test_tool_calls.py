@@ -10,6 +10,7 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serving.calls import BY_NAME, PARSERS, TEMPLATES, TOOLS, WEATHER, joined, streamed, tokenizer_of, whole
 from serving.conftest import HERMES as HERMES_TEMPLATE
 from serving.conftest import World
 from serving.served import listening
@@ -18,38 +19,12 @@ from serving.test_constraints import KNOWN, noise, odd, written
 from serving.vocabularies import byte_level
 
 from loralab.errors import ConfigError
+from loralab.serving.detokenize import IncrementalDetokenizer, TokenBytes
 from loralab.serving.request import Delta
 from loralab.serving.text_engine import TextEngine
-from loralab.serving.tool_calls import HERMES, LLAMA, MISTRAL, ToolFormat, ToolParser, ToolStream, format_of
+from loralab.serving.tool_calls import HERMES, LLAMA, MISTRAL, ToolFormat, ToolParser, format_of
 
 Open = Callable[..., TextEngine]
-WEATHER = {
-    "type": "object",
-    "properties": {"town": {"type": "string", "maxLength": 8}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-    "required": ["town", "days"],
-    "additionalProperties": False,
-}
-TOOLS = [
-    {"type": "function", "function": {"name": "weather", "description": "of a town", "parameters": WEATHER}},
-    {"type": "function", "function": {"name": "time.now"}},
-]
-BY_NAME = {tool["function"]["name"]: tool for tool in TOOLS}  # type: ignore[index]
-TEMPLATES = {
-    "hermes": "{{ tools }} <tool_call>",
-    "llama3": "{{ tools }} <|python_tag|> parameters",
-    "mistral": "{{ tools }} [TOOL_CALLS]",
-}
-
-
-def tokenizer_of(form: str, special: str = "") -> Any:
-    tokenizer = byte_level()
-    tokenizer.chat_template = TEMPLATES[form]
-    if special:
-        tokenizer.add_special_tokens({"additional_special_tokens": [special]})
-    return tokenizer
-
-
-PARSERS = {form: ToolParser(tokenizer_of(form), BY_NAME) for form in TEMPLATES}
 ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("hermes", "plain text", "plain text", []),
     (
@@ -68,7 +43,7 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     (  # cut short by max_tokens
         "hermes",
         '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "time.n',
-        "",
+        '<tool_call>\n{"name": "time.n',
         [("weather", {})],
     ),
     ("hermes", '<tool_call>\n{"name": "weather", "arg', "", []),
@@ -91,28 +66,10 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
 
 @pytest.mark.parametrize(("form", "text", "content", "calls"), ANSWERS)
 def test_calls_are_read_whole_and_in_a_stream(form: str, text: str, content: str, calls: list[Any]) -> None:
-    parser = PARSERS[form]
-    tokens = parser._tokenizer(text)["input_ids"]
-    found, own = parser.parse(tokens)
-    assert [(call.name, json.loads(call.arguments)) for call in own] == calls
+    found, own = whole(PARSERS[form], text)
+    assert [(name, json.loads(arguments)) for name, arguments in own] == calls
     assert found == (content if calls else text)
-    stream, told = ToolStream(parser), ""
-    for character in text.encode().decode():
-        told += stream.take(Delta(text=character, tokens=tuple(parser._tokenizer(character)["input_ids"]))).text
-    rest, late = stream.end()
-    assert told + rest == (content if calls else text)
-    assert [(call.name, call.arguments) for call in late] == [(call.name, call.arguments) for call in own]
-    if calls:
-        assert len({call.id for call in own}) == len(calls)
-
-
-def test_text_is_told_at_once_where_no_call_can_begin() -> None:
-    for parser in PARSERS.values():
-        stream = ToolStream(parser)
-        told = [stream.take(Delta(text=text, tokens=())).text for text in ("", " ", "It ", "is")]
-        assert told == ["", "", " It ", "is"]
-    assert ToolStream(PARSERS["hermes"]).take(Delta(text="a <b", tokens=())).text == "a <b"
-    assert ToolStream(PARSERS["hermes"]).take(Delta(text="a <to", tokens=())).text == "a "
+    assert streamed(PARSERS[form], list(text)) == (found, own)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +95,7 @@ def test_a_call_that_must_come_is_one_whatever_the_logits(form: str, several: bo
     text, ended = written(parser.grammar(list(BY_NAME), several=several), logits, seed, most=600)
     if not ended:
         return
-    _, calls = parser.parse(parser._tokenizer(text)["input_ids"])
+    _, calls = parser.parse(text, parser._tokenizer(text)["input_ids"])
     assert len(calls) == 1 or several
     assert calls
     for call in calls:
@@ -151,15 +108,21 @@ def test_special_tokens_begin_a_call(form: str, mark: str) -> None:
     token = parser._tokenizer.convert_tokens_to_ids(mark)
     grammar = parser.grammar(["time.now"], several=False)
     assert f"<[{token}]>" in grammar.source
-    whole = {
+    written = {
         "mistral": '[{"name": "time.now", "arguments": {}}]',
         "hermes": '\n{"name": "time.now", "arguments": {}}\n</tool_call>',
     }
-    tokens = [token, *parser._tokenizer(whole[form])["input_ids"]]
-    assert [call.name for call in parser.parse(tokens)[1]] == ["time.now"]
-    stream = ToolStream(parser)
-    assert stream.take(Delta(text="Well", tokens=(5,))).text == "Well"
-    assert stream.take(Delta(text=whole[form], tokens=tuple(tokens))).text == ""
+    tokens = [token, *parser._tokenizer(written[form])["input_ids"]]
+    content, calls = parser.parse("Well" + written[form], [*parser._tokenizer("Well")["input_ids"], *tokens])
+    assert (content, [(call.name, call.arguments) for call in calls]) == ("Well", [("time.now", "{}")])
+    stream = parser.stream()
+    told = stream.take(Delta(text="Well", tokens=tuple(parser._tokenizer("Well")["input_ids"])))
+    detokenizer = IncrementalDetokenizer(TokenBytes(parser._tokenizer))
+    for each in tokens:
+        told += stream.take(Delta(text=detokenizer.add(each)[1], tokens=(each,)))
+    assert joined([*told, *stream.finish()]) == ("Well", [("time.now", "{}")])
+    lone = parser.stream()  # the text of a special token is no part of the answer
+    assert [*lone.take(Delta(text="(", tokens=(token, *parser._tokenizer("(")["input_ids"]))), *lone.finish()] == ["("]
 
 
 def test_a_form_that_is_not_known_cannot_be_forced() -> None:

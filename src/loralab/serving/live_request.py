@@ -23,16 +23,14 @@ from loralab.serving.request import (
     Answer,
     Delta,
     Finished,
+    Judged,
     Ranked,
     Sampling,
     TokenLogprob,
 )
-from loralab.serving.sampling import SamplerState, likeliest
+from loralab.serving.sampling import SamplerState, judge, likeliest
 from loralab.serving.scheduler import Chunk, TokenSequence
 from loralab.serving.stop_strings import StopStringFilter
-
-Judged = tuple[float | None, Sequence[tuple[int, float]]]
-"""The log-probability of a token, and the likeliest in its place with theirs."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -182,12 +180,17 @@ class Generation(TextRequest):
 
     def _judge(self, prefix_tokens: int, chunk: Chunk, logits: Tensor) -> None:
         """Note the log-probabilities of the prompt's tokens."""
-        for position, own in zip(chunk.logit_positions, logits.cpu(), strict=True):
-            if (number := position + 1 - prefix_tokens) < len(self.prompt):
-                self._judged[number] = likeliest(own, self.prompt[number], self.sampling.logprobs or 0)
+        start = chunk.logit_positions.start + 1 - prefix_tokens
+        tokens = self.prompt[start : start + len(logits)]  # the last row may be that of an answer's token
+        found = judge(logits[: len(tokens)], tokens, self.sampling.logprobs or 0) if tokens else []
+        self._judged |= dict(enumerate(found, start))
 
     def _begin(self, sequence: TokenSequence) -> None:
         """Begin the answer after the prompt, which is told first if it is to be echoed."""
+        if sequence.scored is not None:
+            first = 2 - sequence.scored  # the prompt's token after place 0; what is before the prompt is never judged
+            self._judged |= {first + place: own for place, own in enumerate(sequence.judged) if own is not None}
+            sequence.judged = [self._judged.get(first + place) for place in range(len(sequence.tokens) - 1)]
         sequence.scored = None
         if self.sampling.echo:
             explained = self.sampling.logprobs is not None

@@ -15,6 +15,10 @@ MAX_BIASES = 1024  # tokens of logit_bias, and of stop_token_ids
 MAX_BIAS, MAX_PENALTY = 100, 2
 
 
+Judged = tuple[float | None, Sequence[tuple[int, float]]]
+"""The log-probability of a token, and the likeliest in its place with theirs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterPart:
     """One adapter of a weighted sum, and its scale."""

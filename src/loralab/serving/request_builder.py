@@ -89,6 +89,7 @@ class RequestBuilder:
             tokens=tokens,
             scored=prefix_tokens_of(entry) + 1 if explained else None,
             continued=sampling.max_tokens > 0,
+            alternatives=sampling.logprobs if explained else None,
         )
 
     def _as_trained(self, prompt: Sequence[int], entry: AdapterInfo | None) -> bool:

@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from loralab.serving.blocks import BLOCK_SIZE, BlockManager, blocks_needed
+from loralab.serving.blocks import BLOCK_SIZE, BlockManager, block_hashes, blocks_needed
+from loralab.serving.prompt_scores import PromptScores
+from loralab.serving.request import Judged
 
 MAX_REMEMBERED = 4096  # adapters whose share is known; of those that had less than others, nothing need be
 
@@ -26,6 +28,9 @@ class TokenSequence:
         blocks: where they lie.
         scored: the first token whose probability is asked for; None is that of a next one.
         continued: whether that of a next one is asked for beside what is scored.
+        alternatives: to the scored tokens, if what is known of them may be used; else None.
+        judged: what is known of the tokens after the first places, or of all once they were scored.
+        names: hashes of its full blocks that others may share.
     """
 
     number: int
@@ -36,6 +41,9 @@ class TokenSequence:
     done: int = 0
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
+    alternatives: int | None = None
+    judged: list[Judged | None] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)
 
     @property
     def left(self) -> int:
@@ -77,6 +85,7 @@ class Scheduler:
     def __init__(self, blocks: BlockManager, *, max_sequences: int, step_tokens: int, reuse: bool = True) -> None:
         self.blocks = blocks
         self.running: list[TokenSequence] = []
+        self.scores = PromptScores()
         self._max_sequences, self._step_tokens = max_sequences, step_tokens
         self._reuse = reuse
         self._waiting: dict[str | None, deque[TokenSequence]] = {}
@@ -112,7 +121,8 @@ class Scheduler:
             if size and self._allocate(sequence, sequence.done + size, chosen):
                 chosen[sequence] = Chunk(sequence, sequence.done, sequence.done + size)
                 budget -= size
-        for sequence in self._admitted():
+        later: list[TokenSequence] = []
+        for sequence in self._admitted(later):
             size = min(sequence.left, budget)
             if size < 1 or not self._allocate(sequence, sequence.done + size, chosen, push=False):
                 self._requeue(sequence)
@@ -120,6 +130,8 @@ class Scheduler:
             self.running.append(sequence)
             chosen[sequence] = Chunk(sequence, sequence.done, sequence.done + size)
             budget -= size
+        for sequence in reversed(later):
+            self._wait(sequence).appendleft(sequence)
         return sorted(chosen.values(), key=lambda w: "" if w.sequence.key is None else w.sequence.key)
 
     def advance(self, chunk: Chunk) -> None:
@@ -141,8 +153,17 @@ class Scheduler:
             self._spent[sequence.key] = max(self._spent.get(sequence.key, 0.0), self._clock)
         return self._waiting[sequence.key]
 
-    def _admitted(self) -> Iterator[TokenSequence]:
-        """Yield sequences to let in: each time one of the adapter that was given the least."""
+    def keep_scores(self, sequence: TokenSequence) -> None:
+        """Keep what a sequence that was scored to its end tells of its tokens."""
+        if sequence.alternatives is not None and sequence.scored is None:
+            self.scores.keep(sequence.names, sequence.tokens, sequence.judged, sequence.alternatives)
+            sequence.alternatives = None
+
+    def _admitted(self, later: list[TokenSequence]) -> Iterator[TokenSequence]:
+        """Yield sequences to let in: each time one of the adapter that was given the least.
+
+        Those whose beginning is just being read for another one are put aside for the next step.
+        """
         for _ in itertools.count():
             if len(self.running) >= self._max_sequences or not self._waiting:
                 return
@@ -151,17 +172,41 @@ class Scheduler:
             sequence = self._waiting[key].popleft()
             self._tidy(key)
             if self._reuse and not sequence.done:
-                sequence.blocks = self.blocks.match(
-                    sequence.key or "", sequence.tokens[: sequence.first_logit_position]
-                )
-                sequence.done = sequence.cached = len(sequence.blocks) * BLOCK_SIZE
+                self._match(sequence)
+                if sequence.scored is not None and self._is_being_read(sequence):
+                    self._reset(sequence)
+                    later.append(sequence)
+                    continue
             self._spent[key] = self._spent.get(key, 0.0) + 1
             yield sequence
 
+    def _match(self, sequence: TokenSequence) -> None:
+        """Begin a sequence with the blocks that others left, as far as no logits of them are wanted."""
+        root, until = sequence.key or "", sequence.first_logit_position
+        if sequence.alternatives is None:
+            sequence.names = block_hashes(root, sequence.tokens[:until])
+        else:
+            sequence.names = block_hashes(root, sequence.tokens[:-1])
+            sequence.judged = self.scores.known(sequence.names, sequence.tokens, sequence.alternatives)
+            until = max(until, len(sequence.judged))
+        sequence.blocks = self.blocks.match(root, sequence.tokens[:until])
+        sequence.done = sequence.cached = len(sequence.blocks) * BLOCK_SIZE
+        del sequence.judged[sequence.done :]
+
+    def _is_being_read(self, sequence: TokenSequence) -> bool:
+        """Return whether the first block that a sequence lacks is on its way for another one."""
+        missing = sequence.names[len(sequence.blocks) : len(sequence.blocks) + 1]
+        return bool(missing) and any(
+            other.left > 1 and missing[0] in other.names[other.done // BLOCK_SIZE :] for other in self.running
+        )
+
     def _requeue(self, sequence: TokenSequence) -> None:
-        self.blocks.free(sequence.blocks)
-        sequence.blocks, sequence.done, sequence.cached = [], 0, 0
+        self._reset(sequence)
         self._wait(sequence).appendleft(sequence)
+
+    def _reset(self, sequence: TokenSequence) -> None:
+        self._free(sequence)
+        sequence.done, sequence.cached = 0, 0
 
     def _allocate(
         self, sequence: TokenSequence, tokens: int, chosen: dict[TokenSequence, Chunk], *, push: bool = True

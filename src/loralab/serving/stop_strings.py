@@ -49,12 +49,12 @@ class StopStringFilter:
         if found:
             self.stopped, until = True, max(min(found), self.told)
         elif not final:
-            until -= max((_overlap(self._text, stop) for stop in self._stops), default=0)
+            until -= max((overlap(self._text, stop) for stop in self._stops), default=0)
         new, self.told = self._text[self.told : until], max(self.told, until)
         return new
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return how many characters at the end of a text could begin a stop string."""
     most = min(len(text), len(stop) - 1)
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

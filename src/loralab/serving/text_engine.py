@@ -171,10 +171,12 @@ class TextEngine(Engine[Generation | LabelScoring]):
                     self._scheduler.remove(own.sequence)
                     if live.accept():
                         self._finish(live, "")
-            elif live.take_logits(own.sequence, own, found):
+                continue
+            if live.take_logits(own.sequence, own, found):
                 due.append((live, own.sequence, found[-1]))
             elif live.finished is not None:
                 self._finish(live, "")
+            self._scheduler.keep_scores(own.sequence)
         self._sample(due)
 
     def _sample(self, due: Sequence[tuple[Any, TokenSequence, torch.Tensor]]) -> None:

@@ -6,15 +6,15 @@ with a response template of its own reads its answers itself.
 """
 
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loralab.errors import ConfigError
+from loralab.serving.call_stream import BEGIN, END, CallPiece, CallStream, Told, call_pieces, named_call
 from loralab.serving.constraints import GRAMMAR, OPTIONS, Grammar
+from loralab.serving.detokenize import TokenBytes
 from loralab.serving.request import Delta
-from loralab.serving.stop_strings import StopStringFilter
 
 MAX_CALLS = 8  # in one answer that must call something
 NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -36,15 +36,6 @@ class ToolFormat:
     arguments: str = "arguments"
     listed: bool = False
     bare: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToolCall:
-    """A call of a function; `arguments` are JSON."""
-
-    id: str
-    name: str
-    arguments: str
 
 
 HERMES = ToolFormat(name="hermes", begin="<tool_call>\n", end="\n</tool_call>")
@@ -82,8 +73,9 @@ class ToolParser:
         self._tokenizer, self.tools = tokenizer, tools
         self.format = format_of(tokenizer)
         self._has_template = has_response_template(tokenizer)
-        self.begin = None if self._has_template or self.format is None else self.format.begin.strip()
-        self.bare = self._has_template or (self.format is not None and self.format.bare)
+        self._tokens = TokenBytes(tokenizer)
+        marks = {} if self.format is None else {self.format.begin.strip(): BEGIN, self.format.end.strip(): END}
+        self._marks = {token: mark for text, mark in marks.items() if (token := self._special(text)) is not None}
 
     def grammar(self, names: Sequence[str], *, several: bool) -> Grammar:
         """Return the structure of an answer that calls one of some tools.
@@ -129,87 +121,68 @@ class ToolParser:
         added = self._tokenizer.added_tokens_decoder.items()
         return next((number for number, token in added if token.special and token.content == mark), None)
 
-    def begins(self, tokens: Sequence[int]) -> bool:
-        """Return whether a special token that begins a call is among some."""
-        return self.begin is not None and (own := self._special(self.begin)) is not None and own in tokens
-
-    def parse(self, tokens: Sequence[int]) -> tuple[str, list[ToolCall]]:
-        """Return the text of an answer without its calls, and these; no calls where one cannot be read."""
-        text = self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        try:
-            content, calls = self._parse_response(text) if self._has_template else self._parse_format(text)
-            return content, [self._call(call) for call in calls]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return text, []
-
-    def _parse_response(self, text: str) -> tuple[str, list[Any]]:
-        found = self._tokenizer.parse_response(text, prefix="", tools=list(self.tools.values()))
-        calls = [call.get("function", call) for call in found.get("tool_calls") or []]
-        return found.get("content") or "", calls
-
-    def _parse_format(self, text: str) -> tuple[str, list[Any]]:
+    def stream(self) -> "CallStream | TemplateStream":
+        """Return a reader of one answer as it comes."""
         form = self.format
-        if form is None:
-            return text, []
-        begin, end = form.begin.strip(), form.end.strip()
-        content, found, rest = text.partition(begin)
-        if form.end:
-            parts = [part.partition(end) for part in rest.split(begin)] if found else []
-            if len(parts) > 1 and not parts[-1][1] and not _is_json(parts[-1][0]):
-                parts.pop()  # cut short: the calls before it are whole
-            return content, [json.loads(part) for part, _, _ in parts]
-        whole = rest if found else text
-        if not found and not (form.bare and whole.lstrip().startswith("{")) and not whole.lstrip().startswith('[{"'):
-            return text, []
-        calls = json.loads(whole)
-        return (content if found else ""), calls if isinstance(calls, list) else [calls]
+        if self._has_template or form is None:
+            return TemplateStream(self)
+        bare = r"(?:\[\s*)?" if form.bare else r"\[\s*" if form.listed else ""
+        return CallStream(
+            begin=form.begin.strip(),
+            end=form.end.strip(),
+            bare=bare,
+            names=self.tools,
+            special=self._marks,
+            tokens=self._tokens,
+        )
 
-    def _call(self, call: Mapping[str, Any]) -> ToolCall:
-        """Return a call of a function that there is.
+    def parse(self, text: str, tokens: Sequence[int]) -> tuple[str, list[CallPiece]]:
+        """Return the text of a whole answer without its calls, and these, each in one piece."""
+        stream, content, calls = self.stream(), "", list[CallPiece]()
+        for told in [*stream.take(Delta(text=text, tokens=tuple(tokens))), *stream.finish()]:
+            if isinstance(told, str):
+                content += told
+            elif told.name:
+                calls.append(told)
+            else:
+                calls[-1] = replace(calls[-1], arguments=calls[-1].arguments + told.arguments)
+        return content, calls
+
+    def parse_response(self, tokens: Sequence[int]) -> tuple[str, list[tuple[str, str]]]:
+        """Return the text of an answer without its calls, and their names and arguments, by the tokenizer's template.
 
         Raises:
-            KeyError: there is none of its name.
+            ValueError, KeyError, TypeError, AttributeError: it is not of the template's form.
         """
-        name = call["name"]
-        self.tools[name]  # or it is no call
-        arguments = call.get("arguments", call.get("parameters", {}))
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        return ToolCall(id=uuid.uuid4().hex[:9], name=name, arguments=text)  # Mistral's ids have 9 characters
+        text = self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        found = self._tokenizer.parse_response(text, prefix="", tools=list(self.tools.values()))
+        calls = [named_call(call.get("function", call), self.tools) for call in found.get("tool_calls") or []]
+        return found.get("content") or "", calls
 
 
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-class ToolStream:
-    """An answer on its way: text that cannot be a call is told, the rest is read at the end."""
+class TemplateStream:
+    """An answer that the tokenizer's response template reads at its end; text that cannot be a call is told at once."""
 
     def __init__(self, parser: ToolParser) -> None:
         self._parser = parser
-        self._filter = StopStringFilter(() if parser.begin is None else (parser.begin,))
         self._tokens: list[int] = []
-        self._text, self._told, self._holding = "", 0, False
+        self._text, self._told = "", 0
 
-    def take(self, piece: Delta) -> Delta:
-        """Return a piece without the text that may belong to a call."""
+    def take(self, piece: Delta) -> list[Told]:
+        """Return the text of a piece, unless it may belong to a call."""
         self._tokens += piece.tokens
         self._text += piece.text
-        form = self._parser.format
-        begins = ("{", "[", "<") if self._parser.bare else ("[",) if form is not None and form.listed else ()
-        self._holding = self._holding or self._parser.begins(piece.tokens) or self._text.lstrip().startswith(begins)
-        self._filter.add(piece.text)
-        until = 0 if self._holding or self._text.isspace() else self._filter.told  # a call may follow spaces
-        text = self._text[self._told : until]
-        self._told += len(text)
-        return replace(piece, text=text)
+        if not self._text.strip() or self._text.lstrip().startswith(("{", "[", "<")):
+            return []
+        found, self._told = self._text[self._told :], len(self._text)
+        return [found] if found else []
 
-    def end(self) -> tuple[str, list[ToolCall]]:
+    def finish(self) -> list[Told]:
         """Return the rest of the text, and the calls."""
-        content, calls = self._parser.parse(self._tokens)
-        if not calls:
-            return self._text[self._told :], []
-        return content[self._told :] if len(content) > self._told else "", calls
+        try:
+            content, calls = self._parser.parse_response(self._tokens)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            content, calls = self._text, []
+        rest = (content if calls else self._text)[self._told :]
+        parts = [part for index, call in enumerate(calls) for part in call_pieces(index, *call)]
+        return [rest, *parts] if rest else parts

@@ -2,6 +2,10 @@
 
 REQUEST is JSON: model (a folder), adapter (or null), rank, precision, prompts, positions, most (the
 tokens that are told of each place). ANSWER becomes npz: values and indices (P, K).
+
+Each place is asked for as the next token of a prompt that ends there. vLLM's `prompt_logprobs` are
+no way with an adapter: its logits are mapped to adapters by request, one row of each, and those of a
+whole prompt are many, which fails or leaves out what the adapter changes at the output head.
 """
 
 import json
@@ -28,22 +32,23 @@ def main(request: str, answer: str) -> None:
         enforce_eager=True,
         enable_prefix_caching=False,
         max_logprobs=asked["most"],
-        max_model_len=2 * max(map(len, asked["prompts"])) + 8,
+        logprobs_mode="raw_logprobs",
+        max_model_len=max(map(len, asked["prompts"])) + 8,
         gpu_memory_utilization=0.5,
         **options,
     )
-    sampling = SamplingParams(
-        max_tokens=1, temperature=0, detokenize=False, logprobs=asked["most"], prompt_logprobs=asked["most"]
-    )
+    sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False, logprobs=asked["most"])
     lora = LoRARequest("audited", 1, asked["adapter"]) if asked["adapter"] else None
-    prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
+    prompts = [
+        {"prompt_token_ids": ids[:stop]}
+        for ids in asked["prompts"]
+        for stop in range(max(len(ids) - asked["positions"], 0) + 1, len(ids) + 1)
+    ]
     rows = []
-    for own in llm.generate(prompts, sampling, lora_request=lora):
-        places = [*own.prompt_logprobs[1:], own.outputs[0].logprobs[0]]
-        for place in places[-asked["positions"] :]:
-            # the token that stands there is listed beside the largest ones
-            best = sorted(place.items(), key=lambda pair: -pair[1].logprob)[: asked["most"]]
-            rows.append([(token, told.logprob) for token, told in best])
+    for own in llm.generate(prompts, sampling, lora_request=lora, use_tqdm=False):
+        # the token that was chosen may be listed beside the largest ones
+        best = sorted(own.outputs[0].logprobs[0].items(), key=lambda pair: -pair[1].logprob)[: asked["most"]]
+        rows.append([(token, told.logprob) for token, told in best])
     numpy.savez(
         answer,
         indices=numpy.array([[token for token, _ in row] for row in rows], dtype=numpy.int64),

@@ -58,6 +58,11 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers=headers)
 
 
+def wrong_value(field: str, problem: str, code: str = "invalid_value") -> ApiError:
+    """Return the refusal of a field; its text begins with the field's name."""
+    return ApiError(400, f"{field} {problem}", param=field, code=code)
+
+
 def to_api_error(error: LoralabError, param: str | None = None, *, fields: Mapping[str, str] | None = None) -> ApiError:
     """Return one of loralab's own errors as an answer.
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field, model_validator
 
 from loralab.serving.http.body import Body, require_one, wrong_field
-from loralab.serving.http.tools import CallBody, calls_field, require_tools
+from loralab.serving.http.tools import MAX_TOOLS, CallBody, require_tools
 
 # of a message, as clients send back what this server, or another one, answered
 MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -59,7 +59,7 @@ class Message(Body):
     free = MESSAGE_FREE
     role: Role
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    tool_calls: list[CallBody] | None = calls_field()
+    tool_calls: list[CallBody] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_call_id: str | None = None
 
     @model_validator(mode="before")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from loralab.serving.http.errors import ApiError
+from loralab.serving.http.errors import ApiError, wrong_value
 from loralab.serving.http.requests import RequestBody, Texts, Tokens, Whole
 from loralab.serving.http.responses import AdapterIdentity, AnswerHead, Schema, ShortUsage
 from loralab.serving.http.shapes import head, usage
@@ -30,12 +30,7 @@ class _PoolingBody(RequestBody):
     def truncate(self) -> int:
         """Return the tokens after which a text is cut; 0 refuses a longer one."""
         if self.truncate_prompt_tokens == 0:
-            raise ApiError(
-                400,
-                "truncate_prompt_tokens must be at least 1, or -1",
-                param="truncate_prompt_tokens",
-                code="invalid_value",
-            )
+            raise wrong_value("truncate_prompt_tokens", "must be at least 1, or -1")
         return self.truncate_prompt_tokens or 0
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loralab.errors import LoralabError
 from loralab.serving.constraints import Compiled, Grammar
-from loralab.serving.http.errors import RETRY_SECONDS, ApiError, to_api_error
+from loralab.serving.http.errors import RETRY_SECONDS, ApiError, to_api_error, wrong_value
 from loralab.serving.http.service import Service
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import prompt_ids
@@ -61,7 +61,7 @@ class Prompts:
                 code="invalid_value",
             )
         if not prompt:
-            raise ApiError(400, "prompt is empty", param="prompt", code="invalid_value")
+            raise wrong_value("prompt", "is empty")
         return prompt
 
     async def chat_ids(

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from loralab.errors import ConfigError, format_value
 from loralab.serving.constraints import Grammar
 from loralab.serving.http.body import Body
-from loralab.serving.http.errors import ApiError, to_api_error
+from loralab.serving.http.errors import ApiError, to_api_error, wrong_value
 from loralab.serving.http.messages import Message
 from loralab.serving.http.structured import ResponseFormat, describe_outputs, grammar_of
 from loralab.serving.http.tools import Choice, Tools
@@ -229,7 +229,7 @@ class ChatBody(_GenerationBody):
     def sampling(self, max_answer_tokens: int, choice: int) -> Sampling:
         """Build the sampling of choice number `choice`; without max_tokens the answer may fill `max_answer_tokens`."""
         if self.top_logprobs is not None and not self.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+            raise wrong_value("top_logprobs", "needs logprobs: true")
         told = (self.top_logprobs or 0) if self.logprobs else None
         limits = [n for n in (self.max_completion_tokens, self.max_tokens) if n is not None]
         return self._sampling(min([*limits, max_answer_tokens]), told, choice)

@@ -152,12 +152,27 @@ class CalledFunction(Schema):
 
 
 class ToolCall(Schema):
-    """A call of a tool; `index` is its number in a stream."""
+    """A call of a tool."""
 
-    index: int | None = None
     id: str
     type: Literal["function"]
     function: CalledFunction
+
+
+class FunctionPiece(Schema):
+    """The name of a function, or more of its arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallPiece(Schema):
+    """More of the call of a number; its first piece has the id, the type and the name."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionPiece
 
 
 class ChatMessage(Schema):
@@ -191,7 +206,7 @@ class ChatDelta(Schema):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCallPiece] | None = None
 
 
 class ChatPiece(Schema):

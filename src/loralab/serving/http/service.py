@@ -13,7 +13,7 @@ from loralab.errors import AdapterNotFoundError, LoralabError, nearest
 from loralab.serving.adapters.names import base_id
 from loralab.serving.adapters.sums import describe_sum, is_sum, parse_sum
 from loralab.serving.http.body import Body, parsed
-from loralab.serving.http.errors import MAX_ECHOED_CHARACTERS, RETRY_SECONDS, ApiError, to_api_error
+from loralab.serving.http.errors import MAX_ECHOED_CHARACTERS, RETRY_SECONDS, ApiError, to_api_error, wrong_value
 from loralab.serving.http.keys import Grant, Key, Keys
 from loralab.serving.http.metrics import Metrics
 from loralab.serving.settings import Limits
@@ -272,13 +272,8 @@ class Service:
         """
         most = MAX_CHARACTERS_PER_TOKEN * self.engine.context
         if characters > most:
-            raise ApiError(
-                400,
-                f"{param} has {characters} characters; at most {most} are read here, as the "
-                f"model takes {self.engine.context} tokens",
-                param=param,
-                code="invalid_value",
-            )
+            limit = f"at most {most} are read here, as the model takes {self.engine.context} tokens"
+            raise wrong_value(param, f"has {characters} characters; {limit}")
 
     async def run_in_tokenizer_thread(self, work: Callable[[], Result]) -> Result:
         """Run work that uses the tokenizer in one separate thread, so that a long text blocks nobody."""

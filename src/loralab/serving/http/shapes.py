@@ -9,10 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from loralab.serving.call_stream import CallPiece, Told
 from loralab.serving.detokenize import escaped
 from loralab.serving.http import responses as api
 from loralab.serving.request import STOP, Answer, Completed, Delta, Finished, Ranked, TokenLogprob
-from loralab.serving.tool_calls import ToolCall, ToolParser, ToolStream
+from loralab.serving.tool_calls import ToolParser
 
 Json = dict[str, Any]
 Chunk = TypeVar("Chunk", api.CompletionChunk, api.ChatChunk)
@@ -49,10 +50,6 @@ class _Shape(ABC):
         self._once: Json = {"warning": warning} if warning else {}  # in the first chunk
 
     prefix = ""
-
-    def take(self, index: int, piece: Delta) -> Delta:
-        """Return what of a piece of an answer may be told now."""
-        return piece
 
     def _chunk(self, kind: type[Chunk], name: Any, choices: list[Any]) -> Chunk:
         """Return one piece of a stream."""
@@ -106,11 +103,11 @@ class CompletionShape(_Shape):
         """Return nothing: a completion has no role."""
         return None
 
-    def piece(self, index: int, piece: Delta) -> api.CompletionChunk:
-        """Return a chunk with more text."""
+    def pieces(self, index: int, piece: Delta) -> list[api.CompletionChunk]:
+        """Return a chunk with more text, if there is any."""
         self._written[index] += len(piece.tokens)
         told = _completion_logprobs(piece.logprobs) if piece.logprobs else None
-        return self.chunk([self._choice(index, piece.text, told, None)])
+        return [self.chunk([self._choice(index, piece.text, told, None)])] if piece.text or told else []
 
     def endings(self, index: int, end: Finished) -> list[api.CompletionChunk]:
         """Return why it ended."""
@@ -130,7 +127,8 @@ class ChatShape(_Shape):
     def __init__(self, answers: Sequence[Answer], *, parser: ToolParser | None = None, **options: Any) -> None:
         super().__init__(answers, **options)
         self._parser = parser
-        self._streams = [] if parser is None else [ToolStream(parser) for _ in answers]
+        self._streams = [] if parser is None else [parser.stream() for _ in answers]
+        self._calling = [False] * len(answers)
 
     def whole(self, done: Sequence[Completed]) -> api.Chat:
         """Return an answer that is not streamed."""
@@ -140,16 +138,12 @@ class ChatShape(_Shape):
     def _choice(self, index: int, one: Completed) -> api.ChatChoice:
         message: Json = {"role": "assistant", "content": one.text, "refusal": None}
         reason: Any = one.finished.reason
-        content, calls = ("", []) if self._parser is None else self._parser.parse(one.tokens)
+        content, calls = ("", []) if self._parser is None else self._parser.parse(one.text, one.tokens)
         if calls:
             message |= {"content": content.strip() or None, "tool_calls": [_call(call) for call in calls]}
             reason = TOOL_CALLS if reason == STOP else reason
         told = _chat_logprobs(one.logprobs) if self._logprobs or one.logprobs else None
         return api.ChatChoice(index=index, message=api.ChatMessage(**message), logprobs=told, finish_reason=reason)
-
-    def take(self, index: int, piece: Delta) -> Delta:
-        """Return a piece without the text of a call, which is told at the end."""
-        return self._streams[index].take(piece) if self._streams else piece
 
     def chunk(self, choices: list[Json]) -> api.ChatChunk:
         """Return one piece of a stream."""
@@ -159,20 +153,27 @@ class ChatShape(_Shape):
         """Return the chunk with the role."""
         return self._delta(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, piece: Delta) -> api.ChatChunk:
-        """Return a chunk with more text."""
+    def pieces(self, index: int, piece: Delta) -> list[api.ChatChunk]:
+        """Return chunks with more text, and with more of the calls of tools."""
         self._written[index] += len(piece.tokens)
+        parts: list[Told] = self._streams[index].take(piece) if self._streams else [piece.text] if piece.text else []
         told = _chat_logprobs(piece.logprobs) if piece.logprobs else None
-        return self._delta(index, {"content": piece.text}, told)
+        if told is not None and not parts:
+            parts = [""]
+        return [self._part(index, part, None if number else told) for number, part in enumerate(parts)]
 
     def endings(self, index: int, end: Finished) -> list[api.ChatChunk]:
-        """Return the calls of tools, and why it ended."""
+        """Return what was held back as it could have been a call, and why it ended."""
         self._written[index] = end.completion_tokens
-        text, calls = self._streams[index].end() if self._streams else ("", [])
-        deltas: list[Json] = [{"content": text}] if text else []
-        deltas += [{"tool_calls": [_call(call, index=number)]} for number, call in enumerate(calls)]
-        reason = TOOL_CALLS if calls and end.reason == STOP else end.reason
-        return [*(self._delta(index, delta) for delta in deltas), self._delta(index, {}, reason=reason)]
+        parts = [self._part(index, part) for part in (self._streams[index].finish() if self._streams else [])]
+        reason = TOOL_CALLS if self._calling[index] and end.reason == STOP else end.reason
+        return [*parts, self._delta(index, {}, reason=reason)]
+
+    def _part(self, index: int, part: Told, logprobs: api.ChatLogprobs | None = None) -> api.ChatChunk:
+        if isinstance(part, str):
+            return self._delta(index, {"content": part}, logprobs)
+        self._calling[index] = True
+        return self._delta(index, {"tool_calls": [_call_piece(part)]}, logprobs)
 
     def _delta(
         self, index: int, delta: Json, logprobs: api.ChatLogprobs | None = None, reason: Any = None
@@ -180,9 +181,16 @@ class ChatShape(_Shape):
         return self.chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
 
 
-def _call(call: ToolCall, **more: int) -> api.ToolCall:
+def _call(call: CallPiece) -> api.ToolCall:
     function = api.CalledFunction(name=call.name, arguments=call.arguments)
-    return api.ToolCall(**more, id=call.id, type="function", function=function)
+    return api.ToolCall(id=call.id, type="function", function=function)
+
+
+def _call_piece(part: CallPiece) -> api.ToolCallPiece:
+    if not part.name:
+        return api.ToolCallPiece(index=part.index, function=api.FunctionPiece(arguments=part.arguments))
+    function = api.FunctionPiece(name=part.name, arguments=part.arguments)
+    return api.ToolCallPiece(index=part.index, id=part.id, type="function", function=function)
 
 
 Shape = CompletionShape | ChatShape

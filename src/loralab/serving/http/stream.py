@@ -127,13 +127,9 @@ class EventStream(Response):
             if (opening := self._shape.opening(index)) is not None:
                 yield opening
         async for index, event in self._gathered.events():
-            if isinstance(event, Finished):
-                for chunk in self._shape.endings(index, event):
-                    yield chunk
-                continue
-            piece = self._shape.take(index, event)
-            if piece.text or piece.logprobs:
-                yield self._shape.piece(index, piece)
+            shape = self._shape
+            for chunk in shape.endings(index, event) if isinstance(event, Finished) else shape.pieces(index, event):
+                yield chunk
         if (final := self._shape.final(self._gathered.ends())) is not None:
             yield final
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from loralab.errors import format_value, nearest
 from loralab.serving.constraints import CHOICE, GRAMMAR, JSON, REGEX, Grammar
 from loralab.serving.http.body import Body
-from loralab.serving.http.errors import ApiError
+from loralab.serving.http.errors import wrong_value
 
 OUTPUTS = ("json", "regex", "choice", "grammar", "json_object")  # one of them
 ANY_OBJECT = {"type": "object"}
@@ -44,7 +44,7 @@ def grammar_of(response_format: ResponseFormat | None, outputs: Mapping[str, Any
     formatted = None if response_format is None else _formatted(response_format)
     structured = _structured({name: value for name, value in (outputs or {}).items() if value is not None})
     if formatted and structured:
-        raise _wrong("structured_outputs", "and response_format both ask for a structure; leave one out")
+        raise wrong_value("structured_outputs", "and response_format both ask for a structure; leave one out")
     return formatted or structured
 
 
@@ -55,13 +55,13 @@ def _formatted(given: ResponseFormat) -> Grammar | None:
         return Grammar(kind=JSON, source=ANY_OBJECT, field="response_format")
     field, own = "response_format.json_schema", given.json_schema
     if own is None:
-        raise _wrong(field, "is missing")
+        raise wrong_value(field, "is missing")
     if unknown := next((name for name in own if name not in SCHEMA_FIELDS), None):
-        raise _wrong(f"{field}.{unknown:.100}", f"is not known{nearest(unknown, SCHEMA_FIELDS)}")
+        raise wrong_value(f"{field}.{unknown:.100}", f"is not known{nearest(unknown, SCHEMA_FIELDS)}")
     if not isinstance(own.get("schema"), dict):
-        raise _wrong(f"{field}.schema", f"must be a JSON schema, got {format_value(own.get('schema'))}")
+        raise wrong_value(f"{field}.schema", f"must be a JSON schema, got {format_value(own.get('schema'))}")
     if not isinstance(own.get("strict"), bool | None):
-        raise _wrong(f"{field}.strict", f"must be true or false, got {format_value(own['strict'])}")
+        raise wrong_value(f"{field}.strict", f"must be true or false, got {format_value(own['strict'])}")
     return Grammar(kind=JSON, source=own["schema"], field=f"{field}.schema", strict=bool(own.get("strict")))
 
 
@@ -69,23 +69,23 @@ def _structured(given: Mapping[str, Any]) -> Grammar | None:
     if not given:
         return None
     if unknown := next((name for name in given if name not in OUTPUTS), None):
-        raise _wrong(f"structured_outputs.{unknown:.100}", f"is not supported{nearest(unknown, OUTPUTS)}")
+        raise wrong_value(f"structured_outputs.{unknown:.100}", f"is not supported{nearest(unknown, OUTPUTS)}")
     if len(given) > 1:
-        raise _wrong("structured_outputs", f"takes one of {', '.join(OUTPUTS)}, got {', '.join(given)}")
+        raise wrong_value("structured_outputs", f"takes one of {', '.join(OUTPUTS)}, got {', '.join(given)}")
     ((kind, value),) = given.items()
     field = f"structured_outputs.{kind}"
     if kind == "json_object":
         if not isinstance(value, bool):
-            raise _wrong(field, f"must be true or false, got {format_value(value)}")
+            raise wrong_value(field, f"must be true or false, got {format_value(value)}")
         return Grammar(kind=JSON, source=ANY_OBJECT, field=field) if value else None
     if kind == "json":
         return Grammar(kind=JSON, source=_schema(value, field), field=field)
     if kind == "choice":
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise _wrong(field, "must be a list of texts")
+            raise wrong_value(field, "must be a list of texts")
         return Grammar(kind=CHOICE, source=value, field=field)
     if not isinstance(value, str):
-        raise _wrong(field, f"must be a text, got {format_value(value)}")
+        raise wrong_value(field, f"must be a text, got {format_value(value)}")
     return Grammar(kind={"regex": REGEX, "grammar": GRAMMAR}[kind], source=value, field=field)
 
 
@@ -96,9 +96,5 @@ def _schema(given: Any, field: str) -> Any:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise _wrong(field, f"must be a JSON schema, got {format_value(given)}")
+        raise wrong_value(field, f"must be a JSON schema, got {format_value(given)}")
     return found
-
-
-def _wrong(field: str, problem: str) -> ApiError:
-    return ApiError(400, f"{field} {problem}", param=field, code="invalid_value")

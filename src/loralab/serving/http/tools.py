@@ -5,12 +5,10 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field
-
 from loralab.errors import nearest
 from loralab.serving.constraints import Grammar
 from loralab.serving.http.body import Body
-from loralab.serving.http.errors import ApiError
+from loralab.serving.http.errors import wrong_value
 from loralab.serving.tool_calls import ToolParser, format_of, has_response_template
 
 MAX_TOOLS = 128
@@ -73,7 +71,7 @@ class CallBody(Body):
             arguments = None
         if not isinstance(arguments, dict):
             field = f"{where}.function.arguments"
-            raise ApiError(400, f"{field} must be a JSON object", param=field, code="invalid_value")
+            raise wrong_value(field, "must be a JSON object")
         own = {"id": self.id} if self.id is not None else {}
         return {**own, "type": self.type, "function": {"name": self.function.name, "arguments": arguments}}
 
@@ -90,17 +88,17 @@ def tools_by_name(tools: Sequence[ToolBody] | None, choice: Choice | None) -> di
     """
     given, found = tools or (), dict[str, dict[str, Any]]()
     if len(given) > MAX_TOOLS:
-        raise _wrong("tools", f"takes at most {MAX_TOOLS}")
+        raise wrong_value("tools", f"takes at most {MAX_TOOLS}")
     for number, tool in enumerate(given):
         own = tool.function
         if not NAME.fullmatch(own.name) or own.name in found:
-            raise _wrong(f"tools.{number}.function.name", "must be 1 to 64 letters, digits, '_', '.' or '-', once")
+            raise wrong_value(f"tools.{number}.function.name", "must be 1 to 64 letters, digits, '_', '.' or '-', once")
         told = own.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
         found[own.name] = {"type": "function", "function": told}
     if isinstance(choice, ToolChoice) and choice.function.name not in found:
-        raise _wrong("tool_choice.function.name", f"is not one of the tools{nearest(choice.function.name, found)}")
+        raise wrong_value("tool_choice.function.name", f"is not one of the tools{nearest(choice.function.name, found)}")
     if choice == "required" and not found:
-        raise _wrong("tool_choice", "needs tools")
+        raise wrong_value("tool_choice", "needs tools")
     return {} if choice == "none" else found
 
 
@@ -121,7 +119,7 @@ def require_tools(tokenizer: Any, field: str) -> None:
         ApiError: 400.
     """
     if format_of(tokenizer) is None and not has_response_template(tokenizer):
-        raise _wrong(
+        raise wrong_value(
             field,
             "are not supported with this model's chat template; it must be of the form of Hermes or Qwen, Llama 3 "
             "or Mistral, or the tokenizer must have a response template",
@@ -134,12 +132,3 @@ def forced(parser: ToolParser, choice: Choice | None, *, several: bool) -> Gramm
     if isinstance(choice, ToolChoice):
         return parser.grammar([choice.function.name], several=False)
     return parser.grammar(list(parser.tools), several=several) if choice == "required" else None
-
-
-def calls_field() -> Any:
-    """Return the field of a message with calls."""
-    return Field(default=None, max_length=MAX_TOOLS)
-
-
-def _wrong(field: str, problem: str, code: str = "invalid_value") -> ApiError:
-    return ApiError(400, f"{field} {problem}", param=field, code=code)

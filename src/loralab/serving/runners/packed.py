@@ -26,6 +26,7 @@ from loralab.serving.blocks import BLOCK_SIZE
 from loralab.serving.kv_cache import ForwardBatch, KVCache
 
 NAME = "loralab-serving"  # of our attention in transformers' table
+MAX_SHARED = 16  # tokens of a request whose attention is computed together with others of as many
 UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
@@ -122,9 +123,10 @@ class CacheSlots:
         own: dict[int, list[int]] = {}
         for token, row in enumerate(step.rows):
             own.setdefault(row, []).append(token)
-        single = {row: tokens for row, tokens in own.items() if len(tokens) == 1}
-        longer = [{row: tokens} for row, tokens in own.items() if len(tokens) > 1]
-        self.groups = [_group(step, part, device) for part in [single, *longer] if part]
+        alike: dict[tuple[int, int], dict[int, list[int]]] = {}  # by length; long ones each alone
+        for row, tokens in own.items():
+            alike.setdefault((len(tokens), row if len(tokens) > MAX_SHARED else 0), {})[row] = tokens
+        self.groups = [_group(step, part, device) for part in alike.values()]
 
     def attended(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """Compute attention: q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
