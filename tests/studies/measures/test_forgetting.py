@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +319,7 @@ def test_another_general_text_is_another_cell(tmp_path: Path, general_file: Path
         return Trial(measure=MEASURE, setup=own, arm=Arm(name="a"), seed=0).digest
 
     assert len({digest(), digest(general="a.txt"), digest(general="b.txt")}) == 3
-    assert json.loads(json.dumps(setup("rank", StudyOptions(general="a.txt")).to_json()))["general"] == "a.txt"
+    assert json.loads(json.dumps(asdict(setup("rank", StudyOptions(general="a.txt")))))["general"] == "a.txt"
 
 
 def test_a_study_goes_on_with_the_general_text_that_it_was_begun_with(
