@@ -23,6 +23,7 @@ from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
 from loralab.tasks.kinds.registry import kind_named
 from loralab.training.fast.attention import Packing
+from loralab.training.fast.flash import can_flash
 from loralab.training.fast.lane_loss import lane_loss
 from loralab.training.fast.patches import Forward, known_modules, patched
 from loralab.training.loss import summed_loss
@@ -142,7 +143,8 @@ class ForwardPath:
     def _packed_loss(self, lengths: list[int], examples: Sequence[Example]) -> Tensor:
         size = rounded_up(sum(lengths))
         batch = on_device(pack(examples, size=size, pad_id=self.pad_id), self.model)
-        packing = Packing((*lengths, *[1] * (size - sum(lengths))), causal=True)
+        filled = (*lengths, *[1] * (size - sum(lengths)))
+        packing = Packing(filled, causal=True, device=batch["input_ids"].device)
         states = packed_states(self.model, batch, packing)
         here = (batch["targets"] != IGNORED).nonzero()[:, 0]
         here = F.pad(here, (0, rounded_up(len(here)) - len(here)), value=size - 1)  # no target there
@@ -171,8 +173,13 @@ def max_tokens_on(device: torch.device) -> int:
     return MAX_TOKENS.get(device.type, MAX_TOKENS["cuda"])
 
 
-def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None) -> ForwardPath:
+def fastest_path(
+    adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None, examples: Sequence[Example] = ()
+) -> ForwardPath:
     """Return the fastest path for this model and adapter that agrees with the plain one.
+
+    Args:
+        examples: all that it is for; one with a picture in a text is tried with the noise.
 
     Raises:
         ModelError: the plain way does not work, or reads what it should predict.
@@ -180,7 +187,9 @@ def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = No
     model = adapter.model
     device = next(model.parameters()).device
     path = ForwardPath(model, kind, pad_id, pictures, max_tokens=max_tokens_on(device))
-    examples, training = noise(model, kind), model.training
+    drawn, training = noise(model, kind), model.training
+    seen = smallest_with_picture(examples) if kind_named(kind).sees else []
+    examples = [*seen, *drawn]
     with torch.random.fork_rng(), contextlib.ExitStack() as stack:
         stack.callback(model.train, training)
         expected = _plain_result(path, adapter, examples)
@@ -192,8 +201,11 @@ def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = No
             require_causal(path, examples[-1])
         for mode in MODES[:-1]:
             path.mode = mode
-            if mode == "packed" and (not own.packs or device.type != "cpu"):
-                continue  # a GPU has padded kernels that are quicker than tiles
+            if mode == "packed" and not (own.packs and _can_pack(device, _dtype(model))):
+                continue
+            if mode == "packed" and seen:
+                path.refused[mode] = "there are pictures in them"
+                continue
             try:
                 found = _result(path, adapter, examples)
             except Exception as error:  # a structure that the quick forwards do not know
@@ -206,6 +218,11 @@ def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = No
             path.refused[mode] = problem
     path.mode = "plain"
     return path
+
+
+def _can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether attention over packed rows is quicker than over padded ones; tiles are not on a GPU."""
+    return device.type == "cpu" or can_flash(device, dtype)
 
 
 def _result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -359,6 +376,11 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def noise(model: Any, kind: str) -> list[Example]:
     """Return the rows of unequal length of common ids, with loss on some of their tokens; or two pictures."""
     return kind_named(kind).noise(model)
+
+
+def smallest_with_picture(examples: Sequence[Example]) -> list[Example]:
+    """Return the shortest example with a picture, if there is one."""
+    return sorted((e for e in examples if e.image is not None), key=lambda example: example.length)[:1]
 
 
 def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
