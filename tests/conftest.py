@@ -148,8 +148,19 @@ def tiny_bert_folder(deep_bert_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def deep_bert_folder(save_tiny: Saver) -> Path:
     """A BERT encoder without a head."""
+    return _save_bert(save_tiny, 2)
+
+
+@pytest.fixture(scope="session")
+def flat_bert_folder(save_tiny: Saver) -> Path:
+    """The same of one layer."""
+    return _save_bert(save_tiny, 1)
+
+
+def _save_bert(save_tiny: Saver, layers: int) -> Path:
     torch.manual_seed(0)
-    return save_tiny("bert", BertModel(BertConfig(**SIZES, max_position_embeddings=128)), False)
+    config = BertConfig(**{**SIZES, "num_hidden_layers": layers}, max_position_embeddings=128)
+    return save_tiny("bert", BertModel(config), False)
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import SIZES, Saver
 from PIL import Image
-from transformers import BertConfig, BertModel
 
 from loralab.studies import store
 from loralab.studies.figures import drawn
+from loralab.studies.measures import forgetting
 from loralab.studies.message import Message
 from loralab.studies.prepare import prepare
 from loralab.studies.report import markdown_table
@@ -29,11 +27,9 @@ Here = Callable[[StudySetup, Path], list[Record]]
 
 
 @pytest.fixture(scope="session")
-def tiny_bert_folder(save_tiny: Saver) -> Path:
-    """Write an encoder of one layer: a study makes many runs, and compares no layers."""
-    torch.manual_seed(0)
-    config = BertConfig(**{**SIZES, "num_hidden_layers": 1}, max_position_embeddings=128)
-    return save_tiny("bert", BertModel(config), False)
+def tiny_bert_folder(flat_bert_folder: Path) -> Path:
+    """Return the encoder of one layer: a study makes many runs."""
+    return flat_bert_folder
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +76,9 @@ def here() -> Here:
             return found
 
         store.add_plan(folder, (setup, able, invalid))
-        return walk(setup, able, obtain)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(forgetting, "PROBE_ROWS", 24)  # for each trial anew
+            return walk(setup, able, obtain)
 
     return run
 

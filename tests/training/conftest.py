@@ -27,6 +27,12 @@ def tiny_llama_folder(flat_llama_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_bert_folder(flat_bert_folder: Path) -> Path:
+    """Return the encoder of one layer."""
+    return flat_bert_folder
+
+
+@pytest.fixture(scope="session")
 def sums(sums_file: Path) -> Path:
     """Write prompt-completion rows of unequal length."""
     return sums_file

@@ -55,9 +55,9 @@ COMPOSITE: dict[str, Any] = {
 TRAINING = Training(precision="fp32", batch_size=4, max_steps=6, max_length=64)
 
 
-def test_it_lists_what_would_be_trained(tiny_llama_folder: Path, sums: Path) -> None:
+def test_it_lists_what_would_be_trained(deep_llama_folder: Path, sums: Path) -> None:
     found = plan(
-        model=str(tiny_llama_folder),
+        model=str(deep_llama_folder),
         data=str(sums),
         training=TRAINING,
         method=LoRA(rank=2, modules_to_save=["lm_head"]),

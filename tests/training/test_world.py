@@ -130,6 +130,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(deep_llama_folder: Path,
     one: Plan = []
     for name, more in runs.items():
         two += plans([tmp_path / f"{name}-2"], deep_llama_folder, sums, [3], **more)
+    alone = {name: "packed" if name == "packed" else "plain" for name in runs}  # the run of one process
+    for name in dict.fromkeys(alone.values()):
         own = few_bits if name == "packed" else {}
         one += plans([tmp_path / f"{name}-1"], deep_llama_folder, sums, [6], **own)
     one += plans([tmp_path / "stopped-2"], deep_llama_folder, sums, [3], resume=True)
@@ -150,7 +152,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(deep_llama_folder: Path,
     # as many processes as before go on with their own random numbers
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     for name in (*runs, "job-0", "job-1", *(f"split-job-{n}" for n in range(3))):
-        require_equal(tmp_path / f"{name}-2", tmp_path / f"{name}-1", name)
+        require_equal(tmp_path / f"{name}-2", tmp_path / f"{alone.get(name, name)}-1", name)
     assert tomllib.loads((tmp_path / "plain-2" / "config.toml").read_text())["processes"] == 2
     last = latest(tmp_path / "plain-2")
     assert last is not None
@@ -159,9 +161,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(deep_llama_folder: Path,
     assert (tmp_path / "plain-2" / "train.log").read_text().count("step 6/6") == 1
 
 
-def test_encoders_in_two_processes(tiny_bert_folder: Path, labelled: Path, pairs: Path, tmp_path: Path) -> None:
+def test_encoders_in_two_processes(deep_bert_folder: Path, labelled: Path, pairs: Path, tmp_path: Path) -> None:
     """Expect pairs to find their partners among the rows of both, although one may have no row at all."""
-    model = shutil.copytree(tiny_bert_folder, tmp_path / "model")
+    model = shutil.copytree(deep_bert_folder, tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (model / "config.json").write_text(json.dumps(config | rates))
@@ -176,8 +178,10 @@ def test_encoders_in_two_processes(tiny_bert_folder: Path, labelled: Path, pairs
     one: Plan = []
     for name, (data, more) in runs.items():
         two += plans([tmp_path / f"{name}-2"], model, data, [3], **more)
-        own = {"variant": more.get("variant", "lora")}
-        one += plans([tmp_path / f"{name}-1"], model, data, [6], **own)
+    alone = {name: "pairs" if data == pairs else name for name, (data, _) in runs.items()}  # the run of one process
+    for name in dict.fromkeys(alone.values()):
+        data, more = runs[name]
+        one += plans([tmp_path / f"{name}-1"], model, data, [6], variant=more.get("variant", "lora"))
     one += plans([tmp_path / "stopped-2"], model, pairs, [3], resume=True)
     for count, plan, size in ((2, two, 3), (1, one, 6)):
         places = [tmp_path / f"job-{n}-{count}" for n in range(2)]
@@ -185,7 +189,7 @@ def test_encoders_in_two_processes(tiny_bert_folder: Path, labelled: Path, pairs
     in_processes(2, two, tmp_path)
     one_process(one, tmp_path)
     for name in (*runs, "job-0", "job-1"):
-        require_equal(tmp_path / f"{name}-2", tmp_path / f"{name}-1", name)
+        require_equal(tmp_path / f"{name}-2", tmp_path / f"{alone.get(name, name)}-1", name)
     log = (tmp_path / "job-0-2" / "train.log").read_text()
     assert "its rows meet those of the other processes" in log
 

@@ -228,11 +228,14 @@ def _whole(name: str, kind: str) -> Task:
 
 def _unseen(task: Task, own: Task) -> Task | None:
     """Return a task without the rows that another one has; None where it is that other one."""
-    theirs = {text for rows in task.splits.values() for row in rows for text in _contents(row)}
-    seen = [theirs.intersection(_contents(row)) for rows in own.splits.values() for row in rows]
-    shared = {text for texts in seen for text in texts}
-    splits = {name: [row for row in rows if shared.isdisjoint(_contents(row))] for name, rows in task.splits.items()}
-    if sum(map(bool, seen)) > OWN_SHARE * len(seen) or not all(splits.values()):
+    asked = [set(_contents(row)) for rows in own.splits.values() for row in rows]
+    known, shared = set().union(*asked), set[str]()
+    splits: dict[str, list[Row]] = {}
+    for name, rows in task.splits.items():
+        seen = [known.intersection(_contents(row)) for row in rows]
+        shared.update(*seen)
+        splits[name] = [row for row, texts in zip(rows, seen, strict=True) if not texts]
+    if sum(not shared.isdisjoint(texts) for texts in asked) > OWN_SHARE * len(asked) or not all(splits.values()):
         return None
     return replace(task, splits=splits)
 
