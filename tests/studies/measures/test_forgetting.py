@@ -123,9 +123,9 @@ def test_training_on_other_text_raises_the_general_loss(
     "method", [LoRA(rank=2), FullFineTune(), Prefix(tokens=2), Prompt(tokens=2)], ids=lambda m: type(m).__name__
 )
 def test_a_probe_sees_no_difference_where_nothing_was_trained_and_one_where_the_states_moved(
-    method: Any, tiny_bert_folder: Path, labelled_file: Path, noise_file: Path
+    method: Any, deep_bert_folder: Path, labelled_file: Path, noise_file: Path
 ) -> None:
-    base, own = load(str(tiny_bert_folder), labels=["negative", "positive"]), find(str(noise_file))
+    base, own = load(str(deep_bert_folder), labels=["negative", "positive"]), find(str(noise_file))
     general = general_task(own, base.kind, str(labelled_file))
     assert {name: len(rows) for name, rows in general.splits.items()} == {"train": 100, "test": 30}
     bare = untrained(base, general)
@@ -186,11 +186,12 @@ def test_a_probe_reads_the_states_without_padding(tiny_bert_folder: Path) -> Non
 def test_the_probe_is_a_ridge_regression() -> None:
     draw = np.random.default_rng(0)
     states, labels = draw.normal(size=(40, 7)), draw.integers(0, 3, 40)
-    mean, scale, weights, bias = forgetting._fitted(states, labels, 3)
+    *weights, bias = forgetting.fitted(states, labels, 3)
+    mean, scale = states.mean(axis=0), states.std(axis=0)
     inputs, targets = (states - mean) / scale, np.eye(3)[labels]
     kept = inputs.T @ inputs + forgetting.PENALTY * 7 * np.eye(7)
-    assert np.allclose(weights, np.linalg.solve(kept, inputs.T @ (targets - targets.mean(axis=0))))
-    assert np.allclose(bias, targets.mean(axis=0))
+    expected = np.linalg.solve(kept, inputs.T @ (targets - targets.mean(axis=0)))
+    assert np.allclose(states @ weights + bias, inputs @ expected + targets.mean(axis=0), atol=1e-4)
 
 
 def test_a_vision_model_is_probed_with_other_pictures(pictures: Path, tmp_path: Path) -> None:
