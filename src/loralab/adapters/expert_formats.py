@@ -56,15 +56,18 @@ class _Module:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # by what follows the path in their key
 
 
-def for_model(model: nn.Module, stored: AdapterFolder) -> AdapterFolder:
+def for_model(model: nn.Module, stored: AdapterFolder, *, experts: bool = True) -> AdapterFolder:
     """Return a folder whose experts' tensors lie as peft has them, and whose targets name these parameters.
 
     A folder without such tensors does not adapt the experts of the model, whatever its names end with.
 
+    Args:
+        experts: False where the model is known to have none; to look for them takes milliseconds.
+
     Raises:
         AdapterFileError: the layout of experts' tensors cannot be told, or they do not fit.
     """
-    modules = _modules(model)
+    modules = _modules(model) if experts else []
     _require_known(stored, [f"{module.path}.{name}" for module in modules for name in module.shapes])
     if not modules or not spec_of(stored.config).low_rank:
         return stored

@@ -21,13 +21,13 @@ def unwrapped(model: Any) -> Any:
 
 def plain_paths(model: nn.Module) -> Callable[[str], str]:
     """Return a function that turns a path in a model into the path without shells."""
+    if not _has_shells(model):
+        return str
     shells = {
         f"{path}.{inner}".lstrip(".")
         for path, module in model.named_modules(remove_duplicate=False)
         if (inner := _inner(module)) is not None
     }
-    if not shells:
-        return str
 
     def plain(path: str) -> str:
         parts = path.split(".")
@@ -35,6 +35,19 @@ def plain_paths(model: nn.Module) -> Callable[[str], str]:
         return ".".join(part for part, start in zip(parts, starts, strict=True) if start not in shells)
 
     return plain
+
+
+def _has_shells(model: nn.Module) -> bool:
+    """Return whether any module stands around another; a walk without paths, which cost most of it."""
+    seen, left = {id(model)}, [model]
+    while left:
+        module = left.pop()
+        if _inner(module) is not None:
+            return True
+        new = [child for child in module._modules.values() if child is not None and id(child) not in seen]
+        seen.update(map(id, new))
+        left += new
+    return False
 
 
 def _inner(module: Any) -> str | None:

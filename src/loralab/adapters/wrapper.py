@@ -85,7 +85,7 @@ class Wrapper(nn.Module):
 
     def _beside(self) -> Iterator[tuple[str, nn.Module]]:
         """Return the modules of its own: all that there are would be those of the base, too."""
-        return ((name, each) for name, each in self.named_children() if name != "base")
+        return ((name, each) for name, each in self._modules.items() if name != "base" and each is not None)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to save, by the last part of their key in the file."""

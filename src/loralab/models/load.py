@@ -44,6 +44,7 @@ from loralab.models.kinds import (
 )
 from loralab.models.plausible import require_plausible, require_weights
 from loralab.models.precision import cast, keep_statistics, require_precision
+from loralab.models.reading import lean_reading
 from loralab.models.source import as_model_error, require_tokenizer_files, resolve
 from loralab.values import check_choice
 
@@ -120,15 +121,16 @@ def load(
         tokenizer = _reader(name, source, config, kind, image_size)
         if kind != VISION:
             require_use(name, tokenizer, config, kind)
-        model, report = LOADERS[kind].from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
+        with lean_reading(dtype):
+            model, report = LOADERS[kind].from_pretrained(
+                source,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
     cast(model, dtype)
     new_head = kind in HEADS and not has_head(config, kind)
     new = new_modules(name, model, report, new_head=new_head)

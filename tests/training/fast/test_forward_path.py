@@ -500,3 +500,14 @@ def test_unequal_or_few_rows_stay_together(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(path._lanes(rows([600], [9]))) == 1
     with torch.no_grad():
         assert len(path._lanes(rows([280, 260], [9, 9]))) == 1
+
+
+def test_trial_passes_are_made_in_one_thread_and_one_pass_each_where_nothing_is_drawn() -> None:
+    adapter = adapted(llama())
+    seen: list[int] = []
+    adapter.model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    path = fastest_path(adapter, "causal-lm", pad_id=0)
+    assert not path.draws
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == before

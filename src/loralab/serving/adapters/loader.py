@@ -18,6 +18,7 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import wrappers_for
 from loralab.adapters.bases import shared_copy
 from loralab.adapters.expert_formats import for_model
+from loralab.adapters.experts import adaptable_experts
 from loralab.adapters.fingerprint import dtype_name, fingerprint
 from loralab.adapters.folder import AdapterFolder
 from loralab.adapters.linear import LinearWithLoRA
@@ -76,6 +77,7 @@ class AdapterLoader:
         self._base = base
         self._dtype = dtype_name(self._model)
         self._quantize = quantize
+        self._has_experts = bool(adaptable_experts(self._model))
         self._fingerprints: dict[frozenset[str], str] = {}
         self._known: OrderedDict[str, tuple[Any, Layers]] = OrderedDict()
         self._lock = threading.Lock()
@@ -102,7 +104,7 @@ class AdapterLoader:
     @torch.no_grad()
     def _made(self, stored: AdapterFolder) -> ServableAdapter:
         self._require_servable(stored)
-        stored = for_model(self._model, stored)
+        stored = for_model(self._model, stored, experts=self._has_experts)
         adapter = self._empty(stored)
         for name, saved in adapter.saved.items():
             self._fit_head(name, saved, stored)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from loralab.adapters.adapter import Adapter
 from loralab.errors import LoralabError, ModelError
-from loralab.lanes import can_share, lane_count
+from loralab.lanes import can_share, lane_count, threads
 from loralab.tasks.batches import collate, micro_batches, pack, shared_out
 from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
@@ -38,6 +38,7 @@ GRADIENT_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16:
 LOOKAHEAD_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 MIN_LANE_TOKENS = 256  # fewer pay for reading all weights once more
 MAX_TRAINED_SHARE = 0.1  # of the frozen parameters: each lane has a gradient of its own for what is trained
+SMALL_BYTES = 2**30  # of a model whose trial passes one thread makes
 MIN_BALANCE = 0.8  # tokens of a mean lane, as a share of the fullest one's
 
 
@@ -54,6 +55,7 @@ class ForwardPath:
         refused: ways that were tried first, and why they were not taken.
         quicker: modules and the forwards that stand in for theirs.
         world: the processes whose rows meet in a pass; only those of a sentence encoder do.
+        draws: whether a pass in training mode has been seen to draw random numbers.
         lanes: how many parts of a pass may be computed side by side; 1 where they would draw
             random numbers, or have not been found to agree.
     """
@@ -68,6 +70,7 @@ class ForwardPath:
     refused: dict[str, str] = field(default_factory=dict)
     quicker: Sequence[tuple[nn.Module, Forward]] = ()
     world: World = field(default_factory=World)
+    draws: bool = True
     lanes: int = 1
 
     @property
@@ -187,11 +190,13 @@ def fastest_path(
     model = adapter.model
     device = next(model.parameters()).device
     path = ForwardPath(model, kind, pad_id, pictures, max_tokens=max_tokens_on(device))
-    drawn, training = noise(model, kind), model.training
+    drawn, training, lanes = noise(model, kind), model.training, lane_count()
     seen = smallest_with_picture(examples) if kind_named(kind).sees else []
     examples = [*seen, *drawn]
     with torch.random.fork_rng(), contextlib.ExitStack() as stack:
         stack.callback(model.train, training)
+        if sum(p.numel() * p.element_size() for p in model.parameters()) <= SMALL_BYTES:
+            stack.enter_context(threads(1))  # several would wait for each other more than compute
         expected = _plain_result(path, adapter, examples)
         own = kind_named(kind)
         if own.pictures:
@@ -213,7 +218,7 @@ def fastest_path(
                 continue
             problem = difference(model, expected, found)
             if not problem:
-                path.lanes = _lanes_that_agree(path, adapter, examples, expected)
+                path.lanes = _lanes_that_agree(path, adapter, examples, expected, lanes)
                 return path
             path.refused[mode] = problem
     path.mode = "plain"
@@ -226,22 +231,36 @@ def _can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Return the loss and gradients on some examples, without dropout; what training mode refuses raises."""
-    with path.activated():
+    """Return the loss and gradients on some examples, without dropout; what training mode refuses raises.
+
+    A pass in training mode that draws no random number is the very pass that is compared.
+    """
+    with path.activated(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # reentrant checkpointing without gradients
         path.model.train()
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # reentrant checkpointing without gradients
-            path.loss(examples)
-        path.model.eval()
-        return gradient_of(path.loss(examples), adapter)
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in path.model.modules())
+        before = _random_state(path.model)
+        with torch.set_grad_enabled(not recomputes):
+            loss = path.loss(examples)
+        path.draws = not torch.equal(before, _random_state(path.model))
+        if recomputes or path.draws:
+            del loss  # with what it keeps for a backward pass
+            path.model.eval()
+            loss = path.loss(examples)
+        return gradient_of(loss, adapter)
+
+
+def _random_state(model: nn.Module) -> Tensor:
+    """Return the state of the random numbers that passes through a model draw."""
+    device = next(model.parameters()).device
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
 def _lanes_that_agree(
-    path: ForwardPath, adapter: Adapter, examples: Sequence[Example], expected: tuple[Tensor, Tensor]
+    path: ForwardPath, adapter: Adapter, examples: Sequence[Example], expected: tuple[Tensor, Tensor], count: int
 ) -> int:
-    """Return how many parts of a pass may be computed side by side."""
-    count = lane_count()
-    if count == 1 or not _suits_lanes(path, adapter) or _draws(path, examples):
+    """Return how many parts of a pass may be computed side by side: `count`, or 1."""
+    if count == 1 or path.draws or not _suits_lanes(path, adapter):
         return 1
     with path.activated():
         path.model.eval()
@@ -263,15 +282,6 @@ def _suits_lanes(path: ForwardPath, adapter: Adapter) -> bool:
         and kind_named(path.kind).cuttable
         and can_share(path.model)
     )
-
-
-def _draws(path: ForwardPath, examples: Sequence[Example]) -> bool:
-    """Return whether a pass in training mode draws random numbers, whose order lanes would not keep."""
-    before = torch.get_rng_state()
-    with path.activated(), torch.no_grad():
-        path.model.train()
-        path.loss(examples)
-    return not torch.equal(before, torch.get_rng_state())
 
 
 def _plain_result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
