@@ -10,6 +10,7 @@ from loralab.errors import ModelError
 from loralab.models.kinds import (
     CAUSAL,
     CLASSIFIER,
+    IMAGE_TEXT,
     KINDS,
     LEARNERS,
     MULTI_LABEL,
@@ -60,6 +61,10 @@ NATURAL = [
     ("Bert", "BertForSequenceClassification", {"problem_type": "multi_label_classification"}, MULTI_LABEL),
     ("Dinov2", "Dinov2Model", {}, VISION),
     ("CLIP", "CLIPModel", {}, VISION),
+    ("Gemma3", "Gemma3ForConditionalGeneration", {}, IMAGE_TEXT),
+    ("Llava", "LlavaForConditionalGeneration", {}, IMAGE_TEXT),
+    ("Mistral3", "Mistral3ForConditionalGeneration", {}, IMAGE_TEXT),
+    ("Qwen2VL", "Qwen2VLForConditionalGeneration", {}, IMAGE_TEXT),
 ]
 
 
@@ -73,10 +78,6 @@ def test_a_family_is_what_its_attention_makes_it(name: str, saved_as: str, field
 
 
 SENSES = [
-    ("Gemma3", "Gemma3ForConditionalGeneration", "multimodal_unsupported"),
-    ("Llava", "LlavaForConditionalGeneration", "multimodal_unsupported"),
-    ("Mistral3", "Mistral3ForConditionalGeneration", "multimodal_unsupported"),
-    ("Qwen2VL", "Qwen2VLForConditionalGeneration", "multimodal_unsupported"),
     ("Qwen2Audio", "Qwen2AudioForConditionalGeneration", "multimodal_unsupported"),
     ("Whisper", "WhisperForConditionalGeneration", "input_unsupported"),
     ("Speech2Text", "Speech2TextForConditionalGeneration", "input_unsupported"),

@@ -93,7 +93,7 @@ EVERYWHERE = [
     ("chosen", "a"),
     ("rejected", "b"),
     ("response_rejected", "b"),
-    ("images", ["a.png"]),
+    ("photos", ["a.png"]),
     ("audio", {"bytes": "a"}),
     ("video_url", "a"),
     ("image_path", "a.png"),

@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from loralab.adapters.experts import EXPERTS, share_of, stacked_weights
-from loralab.adapters.methods import Method
+from loralab.adapters.methods import TOWERS, Method
 from loralab.adapters.paths import inside, layer_number, selected_by
 from loralab.adapters.presets import MLP, among_experts, is_router, place_of
 from loralab.adapters.shells import plain_paths
-from loralab.adapters.targets import in_preset, linear_names, outer_names, preset_of, saved_names, unable_names
+from loralab.adapters.targets import in_preset, linear_names, outer_names, presets_of, saved_names, unable_names
 from loralab.adapters.towers import tower_of
 from loralab.errors import join_limited
 
@@ -31,18 +31,18 @@ def left_out(model: nn.Module, config: Any, chosen: Collection[str]) -> dict[str
     """
     if not isinstance(config, Method):
         return {}
-    target, preset = config.target_modules, preset_of(config)
+    target, presets = config.target_modules, presets_of(config)
     plain = plain_paths(model)
     found: dict[str, str] = {}
-    if preset:
-        found = _by_preset(model, preset)
+    if presets:
+        found = _by_presets(model, presets)
         if any(among_experts(model, name) for name in chosen):
             found |= dict.fromkeys(_routers(model), ROUTER)
     elif isinstance(target, str):
         found = {n: why for n, why in unable_names(model).items() if selected_by(plain(n), target)}
     stacked = {name: why for name, why in stacked_weights(model).items() if name not in chosen}
-    if preset:
-        found |= {name: why for name, why in stacked.items() if in_preset(model, preset, name)}
+    if presets:
+        found |= {n: why for n, why in stacked.items() if any(in_preset(model, p, n) for p in presets)}
     elif any(place_of(model, name) == MLP for name in chosen):
         found |= {name: why for name, why in stacked.items() if why == EXPERTS}
     elsewhere = saved_names(model, config)
@@ -80,14 +80,17 @@ def describe_left_out(model: nn.Module, reasons: Mapping[str, str]) -> str:
     return f"not adapted: {'; '.join(parts)}" if parts else ""
 
 
-def _by_preset(model: nn.Module, preset: str) -> dict[str, str]:
+def _by_presets(model: nn.Module, presets: Collection[str]) -> dict[str, str]:
     linear, unable, heads = linear_names(model), unable_names(model), outer_names(model)
     towers = tower_of(model, [*linear, *unable, *_with_matrices(model)], heads)
-    found = {name: why for name, why in unable.items() if in_preset(model, preset, name)}
-    if preset != "all-linear":
+    language = [preset for preset in presets if preset != TOWERS]
+    found = {name: why for name, why in unable.items() if any(in_preset(model, p, name) for p in language)}
+    if language and "all-linear" not in language:
         inner = [name for name in linear if layer_number(f"{name}.") is not None]
         found |= {name: IN_NO_NETWORK for name in inner if not place_of(model, name)}
     found = {n: why for n, why in found.items() if n not in towers and not inside(n, heads)}
+    if TOWERS in presets:
+        return found | {name: why for name, why in unable.items() if name in towers}
     return found | dict.fromkeys(towers.values(), TOWER)
 
 

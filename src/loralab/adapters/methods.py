@@ -15,7 +15,8 @@ from loralab.values import check_choice, check_count
 
 INITS = ("kaiming", "gaussian", "orthogonal", "b_kaiming", "pissa")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)", "none")
-PRESETS = ("all-linear", "attention", "mlp", "experts")
+TOWERS = "towers"
+PRESETS = ("all-linear", "attention", "mlp", "experts", TOWERS)
 IMPORTANCES = ("smoothed", "sensitivity", "magnitude")
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
@@ -31,14 +32,15 @@ class Method:
     """Base of the methods that adapt single layers, those from outside included.
 
     A subclass is a frozen dataclass of keyword-only fields with defaults.
-    `target_modules` is a preset ("all-linear", "attention", "mlp", "experts"), a list of names
-    (each must end a module's path), a regular expression for whole paths, or None, which is
-    "all-linear": every linear layer but the output head and the routers of experts; with LoRA also
-    the experts that a model keeps in one parameter.
+    `target_modules` is a preset ("all-linear", "attention", "mlp", "experts", "towers"), a list of
+    names (each must end a module's path), a regular expression for whole paths, or None, which is
+    "all-linear": every linear layer but the output head, the routers of experts, and the towers of a
+    language model that reads pictures or sound; with LoRA also the experts that a model keeps in one
+    parameter. "towers" means those of its towers, alone or in a list: ["all-linear", "towers"].
     """
 
     target_modules: Annotated[
-        Names, "all-linear, attention, mlp, experts, comma-separated names, or a regular expression"
+        Names, "all-linear, attention, mlp, experts, towers, comma-separated names, or a regular expression"
     ] = "all-linear"
     exclude_modules: Annotated[Names, "names or a regular expression to leave out"] = None
     layers: Layers = None

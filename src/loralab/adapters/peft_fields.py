@@ -17,6 +17,7 @@ Config = TypeVar("Config")
 
 TASK_TYPES = {  # kind -> peft's name
     "causal-lm": "CAUSAL_LM",
+    "image-text-to-text": "CAUSAL_LM",
     "sequence-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
     "sentence-encoder": "FEATURE_EXTRACTION",

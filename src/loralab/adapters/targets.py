@@ -15,7 +15,7 @@ from torch import nn
 from loralab.adapters.bases import is_conv1d, linear_shape, looks_linear
 from loralab.adapters.experts import adaptable_experts, share_of, stacked_weights
 from loralab.adapters.lookalikes import why_not_linear
-from loralab.adapters.methods import PRESETS, Method, Names
+from loralab.adapters.methods import PRESETS, TOWERS, Method, Names
 from loralab.adapters.paths import endings, ends_with, inside, layer_number, matches_pattern
 from loralab.adapters.paths import selected_by as is_selected
 from loralab.adapters.presets import ATTENTION, MLP, among_experts, is_router, place_of
@@ -63,25 +63,29 @@ def target_names(
             field="target_modules",
         )
     more = [name for name in others if not inside(name, full)]
-    if preset_of(config):
+    if presets_of(config):
         candidates += [name for name in implied if not inside(name, full)]
     selection = _Selection(model, config, candidates, more)
     return selection.in_layers(selection.without_excluded(selection.chosen()))
 
 
-def preset_of(config: Method) -> str:
-    """Return the preset that a configuration names, or leaves to us; empty for names and expressions."""
+def presets_of(config: Method) -> tuple[str, ...]:
+    """Return the presets that a configuration names, or leaves to us; none for names and expressions.
+
+    In a list, where "towers" stands, the other presets' names mean presets too.
+    """
     target = config.target_modules
     if target is None:
-        return "all-linear"
-    return target if isinstance(target, str) and target in PRESETS else ""
+        return ("all-linear",)
+    named = (target,) if isinstance(target, str) else target
+    return tuple(name for name in named if name in PRESETS) if isinstance(target, str) or TOWERS in named else ()
 
 
 def in_preset(model: nn.Module, preset: str, path: str) -> bool:
     """Return whether a preset means a layer, wherever heads, towers and routers are."""
     if preset == "experts":
         return among_experts(model, path)
-    return preset == "all-linear" or place_of(model, path) == preset
+    return preset in ("all-linear", TOWERS) or place_of(model, path) == preset
 
 
 def outer_names(model: nn.Module) -> list[str]:
@@ -214,9 +218,15 @@ class _Selection:
 
     def chosen(self) -> list[str]:
         """Return the paths that target_modules selects."""
-        target = self.config.target_modules
-        if preset := preset_of(self.config):
-            return self._by_preset(preset)
+        target, presets = self.config.target_modules, presets_of(self.config)
+        meant = {name for preset in presets for name in self._by_preset(preset)}
+        if presets and isinstance(target, tuple):
+            names = tuple(name for name in target if name not in presets)
+            meant |= set(self._by_names(names)) if names else set()
+        return [name for name in self.able if name in meant] if presets else self._by_names(target)
+
+    def _by_names(self, target: Names) -> list[str]:
+        """Return the paths that names or an expression select."""
         if isinstance(target, tuple):
             for name in target:
                 self._require_able(name, (name,))
@@ -275,7 +285,13 @@ class _Selection:
     def _by_preset(self, preset: str) -> list[str]:
         heads = outer_names(self.model)
         towers = tower_of(self.model, self.candidates, heads)
-        names = [n for n in self.candidates if n not in towers and not inside(n, heads)]
+        if preset == TOWERS and not towers:
+            raise _error(
+                f"target_modules {TOWERS!r}: {type(self.model).__name__} is not a language model with towers beside "
+                "it, of pictures or sound; say all-linear for all of its linear layers",
+                "no_towers",
+            )
+        names = [n for n in self.candidates if (n in towers) == (preset == TOWERS) and not inside(n, heads)]
         place = {name: self.owners.get(name, name) for name in names}
         names = [name for name in names if not is_router(self.model, place[name])]
         chosen = [name for name in names if in_preset(self.model, preset, place[name])]

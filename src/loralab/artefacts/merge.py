@@ -18,6 +18,7 @@ from loralab.artefacts.certificate import compare_afresh, file_digests
 from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.loaded_adapter import LoadedAdapter, load_with_base, sample_of
 from loralab.errors import CertificateError, ConfigError
+from loralab.models import processors
 from loralab.models.quantize import dequantize
 from loralab.models.source import quiet
 from loralab.values import check_choice
@@ -117,7 +118,7 @@ def _write_model(live: LoadedAdapter, plain: Any, place: Path, kept: Mapping[str
         plain.generation_config.eos_token_id = list(stops)
     with quiet():
         requantize.save(plain, place) if kept else plain.save_pretrained(place)
-        live.base.tokenizer.save_pretrained(place)
+        processors.save(live.base.tokenizer, place)
     for file in place.iterdir():  # safetensors lets only its writer read: a server may be another
         file.chmod((place / "config.json").stat().st_mode)
     told: dict[str, Any] = {key: record[key] for key in ("task", "tokenizer", "sample") if key in record}

@@ -9,6 +9,7 @@ from typing import Any
 
 from loralab import atomic
 from loralab.adapters.several import adapters_of, disabled
+from loralab.models import processors
 from loralab.models.load import Base
 from loralab.models.source import quiet
 
@@ -42,4 +43,4 @@ def write_base(model: Any, place: Path, tokenizer: Any = None) -> None:
     with atomic.explained(place), alone, quiet():
         model.save_pretrained(place)
         if tokenizer is not None:
-            tokenizer.save_pretrained(place)
+            processors.save(tokenizer, place)

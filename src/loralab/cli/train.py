@@ -149,6 +149,7 @@ def generate(
     adapter: Annotated[list[Path] | None, typer.Option(help="may be repeated")] = None,
     base: Annotated[bool, typer.Option(help="also ask the base model")] = True,
     system: Annotated[str | None, typer.Option(help="a system message")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="a picture in front of each prompt; may be repeated")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="longest answer in tokens", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
@@ -174,6 +175,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         precision=precision,
+        images=list(image or []),
     )
     if json_:
         print_json(found)

@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from loralab.errors import ConfigError, ModelError, format_value, join_limited
-from loralab.models import pictures
+from loralab.models import pictures, processors
 from loralab.models.kinds import (
     CAUSAL,
     CLASSIFIER,
     HEADS,
+    IMAGE_TEXT,
     KINDS,
     LEARNERS,
     SCORED_PAIRS,
@@ -141,6 +142,10 @@ class Given:
             return self._pictures(config, image_size)
         if image_size is not None:
             raise ConfigError(f"image_size has no effect: {self.name} reads text", code="no_effect", field="image_size")
+        if kind == IMAGE_TEXT and processors.is_processor(self.tokenizer):
+            tokenizer = processors.tokenizer_of(copy.deepcopy(self.tokenizer))
+            require_use(self.name, tokenizer, config, kind)
+            return tokenizer
         if not (callable(self.tokenizer) and hasattr(self.tokenizer, "pad_token_id")):
             raise _no_tokenizer(self.tokenizer, "a tokenizer of transformers")
         tokenizer = copy.deepcopy(self.tokenizer)
@@ -254,7 +259,7 @@ def _kind(model: Any, config: Any, name: str) -> str:
         if built is not None and isinstance(model, built):
             if kind == SENTENCES and kind_of(config) == CAUSAL:
                 break
-            return kind_of(config) if kind == CLASSIFIER else kind
+            return kind_of(config) if kind == CLASSIFIER or kind_of(config) == IMAGE_TEXT else kind
     raise ModelError(
         f"{name} is of no class that is trained here: {', '.join(KINDS)}; take one with its head, "
         "such as AutoModelForCausalLM makes",

@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -29,7 +30,20 @@ TAGGER, VISION, SENTENCES = "token-classification", "image-classification", "sen
 SEQ2SEQ = "seq2seq"  # what an encoder-decoder is by itself; it can become a classifier
 MULTI_LABEL, REGRESSION, RERANKER = "multi-label", "regression", "reranker"
 SCORED_PAIRS = "scored-pairs"
-KINDS = (CAUSAL, CLASSIFIER, TAGGER, VISION, SENTENCES, SEQ2SEQ, MULTI_LABEL, REGRESSION, RERANKER, SCORED_PAIRS)
+IMAGE_TEXT = "image-text-to-text"  # a language model with a tower that reads pictures
+KINDS = (
+    CAUSAL,
+    CLASSIFIER,
+    TAGGER,
+    VISION,
+    SENTENCES,
+    SEQ2SEQ,
+    MULTI_LABEL,
+    REGRESSION,
+    RERANKER,
+    SCORED_PAIRS,
+    IMAGE_TEXT,
+)
 # kinds that end in outputs of their own, and how transformers calls a model that has such a head
 HEADS = {
     CLASSIFIER: "ForSequenceClassification",
@@ -49,12 +63,14 @@ PROBLEMS = {
 SERVED = (CAUSAL, CLASSIFIER, VISION, SENTENCES)  # by `loralab serve`
 ONE_OUTPUT = (REGRESSION, RERANKER)
 # format of rows (tasks/formats.py) -> kinds that learn from it, the usual one first
-ANSWERS = (CAUSAL, SEQ2SEQ)
+ANSWERS = (CAUSAL, SEQ2SEQ, IMAGE_TEXT)
 LEARNERS: dict[str, tuple[str, ...]] = {
+    "messages": (CAUSAL, IMAGE_TEXT),
+    "text": (CAUSAL, IMAGE_TEXT),
     "prompt-completion": ANSWERS,
     "instruction": ANSWERS,
-    "text-label": (CAUSAL, CLASSIFIER, SEQ2SEQ),
-    "pair-label": (CAUSAL, CLASSIFIER, SEQ2SEQ),
+    "text-label": (CAUSAL, CLASSIFIER, SEQ2SEQ, IMAGE_TEXT),
+    "pair-label": (CAUSAL, CLASSIFIER, SEQ2SEQ, IMAGE_TEXT),
     "text-labels": (MULTI_LABEL,),
     "pair-labels": (MULTI_LABEL,),
     "text-score": (REGRESSION,),
@@ -76,6 +92,7 @@ LOADERS: dict[str, Any] = {
     REGRESSION: AutoModelForSequenceClassification,
     RERANKER: AutoModelForSequenceClassification,
     SCORED_PAIRS: AutoModel,
+    IMAGE_TEXT: AutoModelForImageTextToText,
 }
 SUPPORTED = "supported are language models, encoders of text, and vision models that classify"
 _OTHER_SENSES = re.compile("vision|visual|image|video|audio|speech|acoustic|sound|codec|vq")
@@ -96,8 +113,18 @@ def kind_of(config: Any) -> str:
         return VISION
     if config.is_encoder_decoder:
         return SEQ2SEQ
+    if _reads_both(config):
+        return IMAGE_TEXT
     decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return CAUSAL if decoder and _looks_back(config) else CLASSIFIER
+
+
+def _reads_both(config: Any) -> bool:
+    """Return whether a folder is that of a language model with a tower of pictures beside it."""
+    if not hasattr(config, "text_config") or not any(_OTHER_SENSES.search(key) for key in _part_names(config)):
+        return False
+    built = class_for(config, IMAGE_TEXT)
+    return built is not None and class_named(config) in (built.__name__, type(config).__name__)
 
 
 def _kind_of_head(config: Any) -> str:
@@ -116,6 +143,7 @@ def recorded_kind(kind: str) -> str:
 def describe_kind(kind: str) -> str:
     """Return a kind in words."""
     names = {CAUSAL: "a language model", VISION: "a vision model", SEQ2SEQ: "an encoder-decoder"}
+    names[IMAGE_TEXT] = "a language model that reads pictures"
     return names.get(kind, "an encoder of text")
 
 
@@ -143,7 +171,7 @@ def require_kind(name: str, config: Any, kind: str) -> None:
     """
     require_text_or_pictures(name, config)
     who, own = f"{name} is {class_named(config)}", kind_of(config)
-    if (kind == VISION) != (own == VISION):
+    if any((kind == one) != (own == one) for one in (VISION, IMAGE_TEXT)):
         raise ModelError(
             f"{name} is {describe_kind(own)} ({config.model_type}), it cannot do {kind}",
             code="kind_unsupported",
@@ -173,14 +201,15 @@ def require_kind(name: str, config: Any, kind: str) -> None:
 
 
 def require_text_or_pictures(name: str, config: Any) -> None:
-    """Refuse what reads neither text nor pictures, or both: the other input would be left out.
+    """Refuse what reads neither text nor pictures, or both where the other input would be left out.
 
-    A model of both may classify pictures, for that is a class of its own without the text.
+    A model of both may classify pictures, for that is a class of its own without the text; or it is a
+    language model with a tower, which answers a text with pictures in it.
 
     Raises:
         ModelError: it reads something else, or more than one thing.
     """
-    if kind_of(config) == VISION:
+    if kind_of(config) in (VISION, IMAGE_TEXT):
         return
     who = f"{name} is {class_named(config)} ({config.model_type})"
     parts = [key for key in _part_names(config) if _OTHER_SENSES.search(key)]

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from loralab.errors import ConfigError, ModelError, format_value, join_limited, nearest
-from loralab.models import pictures
+from loralab.models import pictures, processors
 from loralab.models.catalog import MODELS
 from loralab.models.complete import new_modules
 from loralab.models.convert import Options
@@ -22,6 +22,7 @@ from loralab.models.kinds import (
     CAUSAL,
     CLASSIFIER,
     HEADS,
+    IMAGE_TEXT,
     KINDS,
     LEARNERS,
     LOADERS,
@@ -54,7 +55,8 @@ _FREE_SIZES = ("dinov2", "dinov2_with_registers", "swin", "swinv2")  # fit their
 class Base:
     """A base model, in evaluation mode, with its tokenizer (padded on the right).
 
-    A vision model has Pictures (models/pictures.py) in the place of a tokenizer.
+    A vision model has Pictures (models/pictures.py) in the place of a tokenizer; that of a language
+    model which reads pictures too knows its processor (models/processors.py).
     `name` is what the user wrote, a folder made absolute; `source` where it was read from, empty
     for a live model; `new` are the paths of modules that start at random, since the file has
     nothing for them.
@@ -199,6 +201,11 @@ def kind_for(name: str, data_format: str, wanted: str | None = None) -> str:
             f"{name} is {describe_kind(natural)}; text_a, text_b without a label trains an encoder of "
             "sentences: take minilm-l6, or say --map prompt=text_a,completion=text_b"
         )
+    if natural == IMAGE_TEXT and IMAGE_TEXT not in learners:
+        raise _unsuited(
+            f"{name} is {describe_kind(natural)}, and does not learn from {data_format} rows; it learns from prompt, "
+            "completion or messages, with an image or without"
+        )
     return _usual(name, config, natural, learners)
 
 
@@ -221,8 +228,8 @@ def require_learner(kind: str, data_format: str) -> None:
 def _usual(name: str, config: Any, natural: str, learners: Sequence[str]) -> str:
     """Return the kind that a model becomes for rows that some kinds learn from."""
     texts = CAUSAL in learners
-    if texts and natural == CAUSAL:
-        return CAUSAL
+    if natural == IMAGE_TEXT or (texts and natural == CAUSAL):
+        return natural
     if natural == SEQ2SEQ and SEQ2SEQ in learners:
         return CLASSIFIER if CLASSIFIER in learners and class_for(config, CLASSIFIER) else SEQ2SEQ
     if not texts:
@@ -273,6 +280,8 @@ def _reader(name: str, source: str, config: Any, kind: str, image_size: int | No
     """Return the tokenizer, or what stands in its place for pictures."""
     if kind == VISION:
         return pictures.read(name, source, config, image_size)
+    if kind == IMAGE_TEXT:
+        return processors.read(source)
     # byte-level tokenizers take words one by one only if each may begin with a space
     options: Options = {"add_prefix_space": True} if kind == TAGGER else {}
     return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)

@@ -110,7 +110,6 @@ def markdown(content: Mapping[str, Any], language: str) -> str:
 
 def page(content: Mapping[str, Any], charts: Drawn, language: str) -> str:
     """Return the HTML page; it needs nothing from anywhere."""
-    script = vl_convert.javascript_bundle(SNIPPET)
     return (
         _templates()
         .get_template("report.html.j2")
@@ -121,7 +120,7 @@ def page(content: Mapping[str, Any], charts: Drawn, language: str) -> str:
             say=say,
             cell=cell,
             charts=Markup(_inline({"-".join(key): specs for key, specs in charts.items()})),
-            bundle=Markup(script.replace("</script", "<\\/script")),
+            bundle=_bundle(),
         )
     )
 
@@ -167,6 +166,12 @@ def _write_figures(folder: Path, charts: Drawn) -> None:
             suffix = "" if code == "en" else f".{code}"
             atomic.write_file(folder / f"{name}{suffix}.svg", vl_convert.vegalite_to_svg(spec))
         atomic.write_file(folder / f"{name}.png", vl_convert.vegalite_to_png(specs["en"], scale=2))
+
+
+@functools.cache
+def _bundle() -> Markup:
+    """Return the scripts that draw charts, which take seconds to put together."""
+    return Markup(vl_convert.javascript_bundle(SNIPPET).replace("</script", "<\\/script"))
 
 
 @functools.cache

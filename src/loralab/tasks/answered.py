@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, zip_longest
 
 from loralab.errors import DataError, join_limited
 from loralab.tasks.chat_options import ChatOptions
 from loralab.tasks.examples import IGNORED, Encoded, Example, Ids
-from loralab.tasks.segments import Segment
+from loralab.tasks.pictured import Segment
 from loralab.tasks.turns import common_length
 
 
@@ -16,7 +17,8 @@ class Answered:
 
     `longest` is the length of the longest example before it was cut; `answers` counts all answers,
     `learnt` those to be learnt, `unlearnt` holds the rows without any. `cut_up` counts the rows that
-    are several samples, `pieces` these, `inside` the answers in them, `lost` those that do not fit.
+    are several samples, `pieces` these, `inside` the answers in them, `lost` those that do not fit. `pictures` and
+    `picture_tokens` count the pictures of the examples and the tokens that stand for them.
     """
 
     max_length: int
@@ -33,6 +35,8 @@ class Answered:
     pieces: int = 0
     inside: int = 0
     lost: int = 0
+    pictures: int = 0
+    picture_tokens: int = 0
 
     def take(self, row: int, samples: Sequence[Sequence[Segment]], answers: int) -> None:
         """Add the examples of one conversation, as many as there are samples, of some answers."""
@@ -47,14 +51,19 @@ class Answered:
         for segments in samples:
             ids = sum((s.ids for s in segments), ())
             labels = sum((s.ids if s.learnt else (IGNORED,) * len(s.ids) for s in segments), ())
+            pictures = sum((s.pictures for s in segments), ())
+            types = sum((s.types or (0,) * len(s.ids) for s in segments), ()) if pictures else ()
             self.longest = max(self.longest, len(ids))
-            if all(label == IGNORED for label in labels[1 : self.max_length]):
+            if all(label == IGNORED for label in labels[1 : self.max_length]) or self._cuts_picture(segments):
                 continue
             if self.loss_on == "all":
                 known = common_length(before, ids)  # learnt in the example before this one
                 labels = (IGNORED,) * known + ids[known:]
+                labels = tuple(IGNORED if kind else label for kind, label in zip_longest(types, labels, fillvalue=0))
             cut = slice(self.max_length)
-            self.examples.append(Example(row, ids[cut], labels[cut]))
+            self.examples.append(Example(row, ids[cut], labels[cut], types[cut], image=pictures or None))
+            self.pictures += len(pictures)
+            self.picture_tokens += sum(map(bool, types))
             kept, whole, before = kept + 1, whole + (len(ids) <= self.max_length), ids
         if not kept:
             self.dropped.append(row)
@@ -65,6 +74,11 @@ class Answered:
             self.pieces += len(samples)
             self.inside += learnt
             self.lost += sum(map(self._lost, samples))
+
+    def _cuts_picture(self, segments: Sequence[Segment]) -> bool:
+        """Return whether the cut would fall before the end of a piece that has pictures."""
+        ends = list(accumulate(len(segment.ids) for segment in segments))
+        return any(s.pictures and end > self.max_length for s, end in zip(segments, ends, strict=True))
 
     def _lost(self, segments: Sequence[Segment]) -> int:
         """Return how many answers of a sample begin beyond what fits."""
@@ -103,6 +117,13 @@ class Answered:
         )
 
     def _notes(self) -> Iterator[str]:
+        if self.pictures:
+            seen = [example for example in self.examples if example.image]
+            total = sum(example.length for example in self.examples)
+            yield (
+                f"{self.pictures:,} pictures in {len(seen):,} of {len(self.examples):,} samples; they take "
+                f"{self.picture_tokens:,} of {total:,} tokens"
+            )
         if self.cut_up:
             lost = f"; {self.lost:,} of them do not fit in {self.max_length} tokens" if self.lost else ""
             yield (

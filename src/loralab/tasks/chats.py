@@ -139,7 +139,7 @@ def is_marked(row: Row) -> bool:
 
 
 def _require_texts(row: Row, messages: Sequence[Message]) -> None:
-    held = [name for name in BESIDE if row.get(name)]
+    held = [name for name in (*BESIDE, "images") if row.get(name)]
     held += [name for name in ("tool_calls", FIELD) if any(name in message for message in messages)]
     held += ["the role tool"] * any(message["role"] == "tool" for message in messages)
     if held:

@@ -19,8 +19,11 @@ from loralab.tasks.chat_options import DEFAULT, ChatOptions
 from loralab.tasks.chats import Conversation, conversation_of, last_learnt, require_choice, unread
 from loralab.tasks.examples import Encoded, Example, Ids
 from loralab.tasks.formats import FORMATS, Row
+from loralab.tasks.pictured import Segment, marks_in, with_pictures
+from loralab.tasks.pictures import PictureFile
+from loralab.tasks.placed import MARK
 from loralab.tasks.segments import ended, opening, samples, token_ids
-from loralab.tasks.turns import Said, last_turn, write
+from loralab.tasks.turns import NOTHING, Said, last_turn, write
 
 CALLED = {"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object"}}}
 CALL = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "f", "arguments": {}}}
@@ -65,7 +68,9 @@ def _require_conversations(task: Task, kind: str) -> None:
     Raises:
         ConfigError: they would have no effect.
     """
-    if kind == "causal-lm" or task.chat == DEFAULT:
+    from loralab.tasks.kinds.registry import kind_named
+
+    if "messages" in kind_named(kind).formats or task.chat == DEFAULT:
         return
     option = "thoughts" if task.chat.learn is None else "learn"
     raise ConfigError(
@@ -89,7 +94,10 @@ def answered(task: Task, split: str, rows: Sequence[Row], tokenizer: Any, *, max
     for index, row in enumerate(rows):
         with _placed(task, split, index):
             chat = conversation(task, row, tokenizer)
-            found.take(index, samples(tokenizer, chat), chat.answers)
+            pieces = samples(tokenizer, chat)
+            if pieces:
+                pieces = with_pictures(tokenizer, pieces, row.get("images", ()), marks_in(chat.asked))
+            found.take(index, pieces, chat.answers)
     encoded = found.encoded(task.name, split)
     return replace(encoded, notes=(*encoded.notes, *unread(rows, tokenizer)))
 
@@ -119,6 +127,13 @@ def require_suited(task: Task, kind: str) -> None:
 
     own = kind_named(kind)
     if task.format in own.formats:
+        if not own.sees and any("images" in row for rows in task.splits.values() for row in rows):
+            raise DataError(
+                f"{task.name} has rows with pictures, which a {kind} model does not read; take a model that does, or "
+                "map their column away (--map images=, --map image=)",
+                code="pictures_unread",
+                field="images",
+            )
         return
     columns = " or ".join(", ".join(FORMATS[form][0]) for form in own.formats)
     others = [other.name for other in kinds_for(task.format)]
@@ -139,8 +154,28 @@ def prompt_ids(task: Task, row: Row, tokenizer: Any) -> Ids:
     """Return what the model sees of one row before it answers: all of it, for a plain text."""
     if task.format == "text":
         return token_ids(tokenizer, row["text"], special=True)
+    return asked(task, row, tokenizer).ids
+
+
+def asked(task: Task, row: Row, tokenizer: Any) -> Segment:
+    """Return what the model sees of a row with an answer before that, with its pictures."""
     chat = conversation(task, row, tokenizer)
-    return opening(tokenizer, chat.asked, chat.said.tools, chat.said.kwargs)
+    return _opened(tokenizer, chat.asked, row.get("images", ()), chat.said)
+
+
+def question_ids(tokenizer: Any, prompt: str, pictures: Sequence[PictureFile], *, system: str | None = None) -> Segment:
+    """Return a question that is no row, behind some pictures."""
+    first = [{"role": "system", "content": system}] if system else []
+    return _opened(tokenizer, [*first, {"role": "user", "content": MARK * len(pictures) + prompt}], pictures)
+
+
+def _opened(tokenizer: Any, chat: Sequence[Any], pictures: Sequence[PictureFile], said: Said = NOTHING) -> Segment:
+    ids = opening(tokenizer, chat, said.tools, said.kwargs)
+    if not pictures:
+        return Segment(ids, False)
+    text = write(tokenizer, chat, prompt=True, said=said)
+    [[found]] = with_pictures(tokenizer, [[Segment(ids, False, text)]], pictures, marks_in(chat))
+    return found
 
 
 def chat_ids(tokenizer: Any, prompt: str, *, system: str | None = None) -> Ids:
@@ -203,13 +238,13 @@ def stop_ids(tokenizer: Any) -> Ids:
     return tuple(dict.fromkeys(stops))
 
 
-def round_trip(task: Task, tokenizer: Any) -> None:
+def round_trip(task: Task, tokenizer: Any, kind: str = "causal-lm") -> None:
     """Check the first train row, before all are encoded: `encode` checks each in the same way.
 
     Raises:
         DataError: there is no end of text, or an answer cannot be learnt with the template.
     """
-    require_suited(task, "causal-lm")
+    require_suited(task, kind)
     _require_eos(tokenizer)
     if task.format == "text" or not task.splits["train"]:
         return

@@ -1,6 +1,7 @@
 """The formats that rows can have, and the parts that a source brings them in.
 
-    messages, system, tools | prompt, completion | instruction, input, output, history | text, label
+    messages, system, tools, images | prompt, completion, images | instruction, input, output, history
+    text, label
     text_a, text_b, label | text_a, text_b | text | image, label | tokens, tags
     text, labels | text, score | text_a, text_b, labels | text_a, text_b, score
     query, passage, label | query, positive, negative
@@ -21,10 +22,11 @@ Row = dict[str, Any]
 Numbered = list[tuple[int, Row]]  # line number (or row number) in the file, fields
 
 BESIDE = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
+PICTURED = ("image", "images")  # a picture, or several, that belong into the question
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # name -> required, optional
-    "messages": (("messages",), ("system", *BESIDE)),
-    "prompt-completion": (("prompt", "completion"), ("system", "history", *BESIDE)),
-    "instruction": (("instruction", "output"), ("input", "system", "history", *BESIDE)),
+    "messages": (("messages",), ("system", *BESIDE, *PICTURED)),
+    "prompt-completion": (("prompt", "completion"), ("system", "history", *BESIDE, *PICTURED)),
+    "instruction": (("instruction", "output"), ("input", "system", "history", *BESIDE, *PICTURED)),
     "query-candidates": (("query", "positive", "negative"), ()),
     "query-passage": (("query", "passage", "label"), ()),
     "pair-label": (("text_a", "text_b", "label"), ()),

@@ -15,6 +15,8 @@ from loralab.tasks.examples import IGNORED, Example, Ids
 
 T = TypeVar("T")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+# how the inputs begin that processors make of the pictures in a text; a model gets those that it knows
+OF_PICTURES = ("pixel_", "image_", "mm_token_type_ids", "spatial_shapes", "aspect_ratio_", "cross_attention_mask")
 AT_ONCE = {"cpu": 512}  # tokens scored together, padding included; more of them is no quicker
 GPU_TOKENS = 16384  # on a GPU
 TRIED_POSITIONS = 8  # positions at which a head is tried
@@ -44,12 +46,17 @@ def run(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> Any:
         options["use_cache"] = False  # no keys and values are kept that nobody reads
     if "interpolate_pos_encoding" in known:
         options["interpolate_pos_encoding"] = True  # has no effect at the model's own size
+    return model(**read_by(model, batch), **options)
+
+
+def read_by(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those tensors of a batch that a model is called with, numbers of pixels in its own dtype."""
+    known = accepted(model)
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     if "token_type_ids" not in known:
         inputs.pop("token_type_ids", None)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(_dtype(model))
-    return model(**inputs, **options)
+    inputs |= {name: tensor for name, tensor in batch.items() if name.startswith(OF_PICTURES) and name in known}
+    return {name: t.to(_dtype(model)) if t.is_floating_point() else t for name, t in inputs.items()}
 
 
 def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -185,7 +192,7 @@ def require_places(model: nn.Module, examples: Iterable[Example]) -> None:
 
 def places(model: nn.Module) -> int | None:
     """Return the tokens that a model has places for; None if it does not say."""
-    stated = int(getattr(getattr(model, "config", None), "max_position_embeddings", 0) or 0)
+    stated = _stated_places(getattr(model, "config", None))
     if stated <= 0:  # XLNet's -1 is no limit
         return None
     for name, table in model.named_modules():
@@ -193,6 +200,12 @@ def places(model: nn.Module) -> int | None:
         if kept is not None and name.endswith("position_embeddings"):
             return stated - kept - 1  # as RoBERTa, whose places begin after that of padding
     return stated
+
+
+def _stated_places(config: Any) -> int:
+    """Return the tokens that a configuration, or its language part, says there are places for; 0 if none does."""
+    parts = (config, config.get_text_config()) if hasattr(config, "get_text_config") else (config,)
+    return next((int(n) for part in parts if (n := getattr(part, "max_position_embeddings", 0))), 0)
 
 
 def _rows(model: Any) -> int | None:

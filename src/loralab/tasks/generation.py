@@ -1,6 +1,6 @@
 """Answers that a model writes: generate(), and the mode in which models are scored."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,10 @@ from loralab.errors import DataError
 from loralab.tasks.batches import padded
 from loralab.tasks.encode import stop_ids
 from loralab.tasks.examples import Ids
-from loralab.tasks.forward import require_known
+from loralab.tasks.forward import read_by, require_known
 from loralab.tasks.scorable import context_length
 
+Beside = Callable[[Sequence[int], Tensor], Mapping[str, Tensor]]
 # said in full, or the model's own generation_config would add its penalty or cut what is drawn
 GREEDY_OPTIONS = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "use_cache": True}
 SAMPLED_OPTIONS = GREEDY_OPTIONS | {"do_sample": True, "top_k": 0, "top_p": 1.0}
@@ -29,15 +30,19 @@ def generate(
     batch_size: int = 8,
     temperature: float = 0.0,
     seed: int = 0,
+    beside: Beside | None = None,
 ) -> list[str]:
     """Return the answers to some prompts (token ids): greedy at temperature 0, else sampled.
+
+    Args:
+        beside: returns what the model reads beside the ids (B, L) of the prompts with these numbers.
 
     Raises:
         DataError: a prompt is empty, or leaves less than `max_new_tokens` of the model's context.
     """
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
-        return write_answers(model, tokenizer, prompts, max_new_tokens, batch_size, temperature=temperature)
+        return write_answers(model, tokenizer, prompts, max_new_tokens, batch_size, temperature, beside)
 
 
 @contextmanager
@@ -60,6 +65,7 @@ def write_answers(
     max_new_tokens: int,
     batch_size: int,
     temperature: float = 0.0,
+    beside: Beside | None = None,
 ) -> list[str]:
     """Return the answers of batches of similar length, through the model's own generate().
 
@@ -81,12 +87,14 @@ def write_answers(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         ids, mask = (padded if separate else _left_padded)([tuple(prompts[i]) for i in indices], pad)
+        more = {} if beside is None else read_by(model, beside(indices, ids))
         written = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             eos_token_id=stops,
             pad_token_id=pad,
             max_new_tokens=max_new_tokens,
+            **{name: tensor.to(device) for name, tensor in more.items()},
             **options,
         )[:, 1 if separate else ids.shape[1] :].tolist()
         for index, tokens in zip(indices, written, strict=True):

@@ -38,7 +38,7 @@ def from_memory(data: Any) -> tuple[list[DataPart], list[str]]:
     if not isinstance(data, list | tuple | Mapping):
         hint = '; give frame.to_dict("records")' if hasattr(data, "to_dict") else ""
         raise _unknown(data, hint)
-    tables, unread = tables_in(MEMORY, _plain(data))
+    tables, unread = tables_in(MEMORY, plain(data))
     return parts_of(MEMORY, tables, "train", Path()), unread
 
 
@@ -63,12 +63,12 @@ def _of_dataset(data: Any) -> tuple[list[DataPart], list[str]]:
     return parts, unread
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a value in the types that files hold."""
     if isinstance(value, Mapping):
-        return {_name(key): _plain(one) for key, one in value.items()}
+        return {_name(key): plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist") and hasattr(value, "dtype"):  # of numpy and torch, scalars too

@@ -14,6 +14,7 @@ from loralab.errors import DataError, format_value, join_limited, nearest
 from loralab.tasks.advice import mapping_option, without_columns
 from loralab.tasks.beside import MARK_FIELDS, MESSAGE_FIELD, mark_of, reason_to_refuse
 from loralab.tasks.formats import IN_MESSAGES, is_conversation, is_empty
+from loralab.tasks.placed import SOURCES, marked_parts
 from loralab.tasks.thoughts import FIELD, FIELDS
 from loralab.tasks.tools import calls_of
 
@@ -134,7 +135,9 @@ def _message(place: str, message: Any, reading: Reading) -> dict[str, Any]:
         call for name in CALLS if name in used for call in calls_of(place, name, used[name], filled=reading.filled)
     ]
     bare = bool(calls) or role == "tool"
+    value, sources = marked_parts(place, role, value)
     found: dict[str, Any] = {"role": role, "content": _content(place, own[1], value, bare=bare)}
+    found |= {SOURCES: sources} if sources else {}
     found |= {FIELD: thought} if thought else {}
     found |= {"tool_calls": calls} if calls else {}
     found |= {name: text_in(place, repr(name), used[name]) for name in OF_TOOLS if name in used}

@@ -16,8 +16,13 @@ def input_text(row: Row) -> str:
     """Return what a row asks, without the answer."""
     if "messages" in row:
         tools = "\x1f" + json.dumps(row["tools"], ensure_ascii=False) if "tools" in row else ""
-        return json.dumps(row["messages"][:-1], ensure_ascii=False) + tools
-    return "\x1f".join(str(value) for column, value in row.items() if column not in ANSWERS)
+        return json.dumps(row["messages"][:-1], ensure_ascii=False) + tools + _pictures(row)
+    shown = [str(value) for column, value in row.items() if column not in (*ANSWERS, "images")]
+    return "\x1f".join(shown) + _pictures(row)
+
+
+def _pictures(row: Row) -> str:
+    return "".join(f"\x1f{picture}" for picture in row.get("images", ()))
 
 
 def leaks(splits: Splits) -> dict[str, list[str]]:

@@ -5,16 +5,15 @@ fields, filled. The `image` of a row is a path, seen from the file, or the pictu
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from loralab.errors import DataError, format_value, join_limited
 from loralab.tasks.beside_messages import beside, with_system
 from loralab.tasks.columns import Columns
-from loralab.tasks.formats import BESIDE, DataPart, Numbered, Row, is_conversation, is_empty
+from loralab.tasks.formats import BESIDE, PICTURED, DataPart, Numbered, Row, is_conversation, is_empty
 from loralab.tasks.label_shapes import LABELS, SCORE, labels_in, score_in
 from loralab.tasks.messages import FieldNames, Reading, conversation, require_answer, text_in
-from loralab.tasks.pictures import PictureFile, from_bytes, from_file
+from loralab.tasks.placed import picture_in, pictures_of, placed_in_messages, placed_in_text
 
 CANDIDATES = ("query-passage", "query-candidates")
 
@@ -51,20 +50,22 @@ def _check_filled(part: DataPart, rows: Numbered, required: Sequence[str]) -> No
 def _checked(part: DataPart, number: int, row: Row, columns: Columns, reading: Reading) -> Row:
     place = f"{part.place}, {part.unit} {number}"
     if columns.format == "image-label":
-        picture = _picture(place, row["image"], part.folder)
+        picture = picture_in(place, row["image"], part.folder)
         return {"image": picture, "label": _label(place, row["label"])}
     if columns.format == "tokens-tags":
         return _tagged(place, row)
     more = beside(place, row)
-    texts = {column: value for column, value in row.items() if column not in (*more, *BESIDE, "history")}
+    texts = {column: value for column, value in row.items() if column not in (*more, *BESIDE, *PICTURED, "history")}
+    pictures = pictures_of(place, row, part.folder)
     if columns.format == "messages":
         found = _messages(place, row, reading)
         if "system" in texts:
             found = with_system(place, text_in(place, "'system'", texts["system"]), found)
-        return {"messages": found, **more}
+        return {"messages": found, **more, **placed_in_messages(place, found, pictures, part.folder)}
     if columns.format in CANDIDATES:
         return _candidates(place, row, columns.own)
-    return {column: _value(place, column, value, columns.own[column]) for column, value in texts.items()} | more
+    values = {column: _value(place, column, value, columns.own[column]) for column, value in texts.items()}
+    return values | more | placed_in_text(place, values, pictures)
 
 
 def _value(place: str, column: str, value: Any, own: str) -> Any:
@@ -101,21 +102,6 @@ def _messages(place: str, row: Row, reading: Reading) -> list[dict[str, Any]]:
     asked = [{**message, "learn": False} if message["role"] == "assistant" else message for message in parts[0]]
     require_answer(place, found := [*asked, *parts[1]])
     return found
-
-
-def _picture(place: str, value: Any, folder: Path) -> PictureFile:
-    """Read a picture from a path, from bytes, or from a dict that has either, as Parquet files hold them."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return from_bytes(value, place)
-    if isinstance(value, str) and value.strip():
-        return from_file(folder / value, place)
-    raise DataError(
-        f"{place}: 'image' must be the path of a picture or its bytes, found {format_value(value)}",
-        code="not_a_picture",
-        field="image",
-    )
 
 
 def _tagged(place: str, row: Row) -> Row:

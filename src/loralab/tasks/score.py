@@ -15,6 +15,7 @@ from loralab.tasks.forward import ProcessGroup, answer_loss
 from loralab.tasks.generation import evaluating, generate
 from loralab.tasks.kinds.kind import Kind, Scoring
 from loralab.tasks.kinds.registry import kind_named
+from loralab.tasks.placed import MARK, WRITTEN
 from loralab.tasks.scorable import context_length, scorable
 
 __all__ = ["Prediction", "Scores", "answer_loss", "context_length", "evaluate", "evaluating", "generate"]
@@ -138,6 +139,6 @@ def _for_display(row: Mapping[str, Any], chat: ChatOptions) -> str:
         return " ".join(row["tokens"])
     for column in ("text", "prompt", "instruction", "text_a", "query"):
         if column in row:
-            return str(row[column])
+            return str(row[column]).replace(MARK, WRITTEN)
     place = last_learnt(row.get("messages", ()), chat)
-    return str(row["messages"][place - 1]["content"]) if place > 0 else ""
+    return str(row["messages"][place - 1]["content"]).replace(MARK, WRITTEN) if place > 0 else ""

@@ -4,23 +4,15 @@ Each prompt and each answer is tokenised on its own: what is learnt begins where
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from loralab.tasks.chats import Conversation
+from loralab.tasks.pictured import Segment
 from loralab.tasks.thoughts import thought_length
 from loralab.tasks.turns import Chat, Said, Turn, require_written, turns, write
 
 Tokens = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of tokens that carries loss, or does not."""
-
-    ids: Tokens
-    learnt: bool
 
 
 Sample = list[Segment]
@@ -98,8 +90,8 @@ def _in_a_row(tokenizer: Any, every: Sequence[Turn], masked: bool = False) -> Sa
     sample: Sample = []
     written = ""
     for turn in every:
-        new = token_ids(tokenizer, turn.prompt[len(written) :])
-        sample += [Segment(new, False), *_answer(tokenizer, turn, masked)]
+        asked = turn.prompt[len(written) :]
+        sample += [Segment(token_ids(tokenizer, asked), False, asked), *_answer(tokenizer, turn, masked)]
         written = _written(turn)
     return sample
 

@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from loralab.errors import DataError
+from loralab.tasks.pictured import contents
 from loralab.tasks.template import render
 from loralab.tasks.thoughts import FIELDS, FIRSTS, THOUGHTS, has_one_thought, thought_at_the_end, tight
 from loralab.tasks.tools import names_of, unwritten
@@ -86,7 +87,8 @@ def write(
         return "".join(_spaced(message["content"]) for message in chat)
     try:
         template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
-        text = render(template, chat, prompt=prompt, tokens=tokens, now=now, tools=said.tools, kwargs=said.kwargs)
+        read = contents(template, chat)
+        text = render(template, read, prompt=prompt, tokens=tokens, now=now, tools=said.tools, kwargs=said.kwargs)
         return text if prompt else text.removesuffix(_needless_opening(template, _texts(tokens)))
     except Exception as error:  # jinja's own errors, and whatever a template raises
         what = f"the row {chat[0]['content'][:MAX_QUOTED_ANSWER]!r}" if chat else "an answer to nothing"
@@ -357,7 +359,7 @@ def _needless_opening(template: str, tokens: Tokens) -> str:
 
     Such a template writes it and nothing else where there is no message.
     """
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}]
+    chat = contents(template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}])
     own, now = dict(tokens), datetime.now()
     try:
         whole = render(template, chat, prompt=False, tokens=own, now=now)
@@ -371,7 +373,7 @@ def _needless_opening(template: str, tokens: Tokens) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _frame(template: str, tokens: Tokens) -> tuple[str, str]:
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}]
+    chat = contents(template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": STAND_IN}])
     if _needless_opening(template, tokens):
         return STAND_IN, STAND_IN
     try:

@@ -25,8 +25,14 @@ from loralab.models.tokens import add_tokens
 from loralab.tasks import score
 from loralab.tasks.catalog import Task
 from loralab.tasks.chat_options import LEARN, THOUGHTS, ChatOptions
+from loralab.tasks.encode import question_ids
+from loralab.tasks.kinds.image_text import beside
 from loralab.tasks.kinds.registry import kind_named
 from loralab.tasks.kinds.writer import Writer
+from loralab.tasks.memory import plain
+from loralab.tasks.pictured import Segment
+from loralab.tasks.pictures import PictureFile
+from loralab.tasks.placed import picture_in
 from loralab.tasks.score import Scores
 from loralab.tasks.scored import Learnt, choose
 from loralab.training.objects import base_for, plain_name
@@ -191,6 +197,7 @@ def generate(
     seed: int = 0,
     precision: str = "auto",
     system: str | None = None,
+    images: Sequence[Any] = (),
 ) -> list[dict[str, Any]]:
     """Generate answers of the base and of each adapter: one {"prompt", "answers": {name: text}} a prompt.
 
@@ -198,6 +205,7 @@ def generate(
         model: a name; or a live model with its `tokenizer`, asked as it is and left so. May be
             left out if an adapter's folder names its base.
         adapters: folders; each answers under its path, and the base under "base".
+        images: pictures in front of every prompt, for a model that reads them: files, bytes, or of Pillow.
 
     Raises:
         InputError: a model or an adapter is wrong, or there is nothing to answer.
@@ -214,6 +222,7 @@ def generate(
     stored = [folder.read(path) for path in adapters]
     name = plain_name(model) if model is not None else base_name(*stored)
     own = given(name, tokenizer)
+    pictures = [picture_in(f"image {number}", shown, Path()) for number, shown in enumerate(plain(list(images)), 1)]
     found: list[dict[str, Any]] = [{"prompt": prompt, "answers": {}} for prompt in prompts]
     answering: list[tuple[str, AdapterFolder | None]] = [("base", None)] if with_base else []
     with restored_after(own):
@@ -221,13 +230,38 @@ def generate(
         for who, folder_of in [*answering, *zip(map(str, adapters), stored, strict=True)]:
             with _adapted(base, folder_of) as asked:
                 writer = _writer(asked.name, asked.kind)
-                ids = [writer.prompt_ids(asked.tokenizer, prompt, system) for prompt in prompts]
+                questions = _questions(writer, asked, prompts, system, pictures)
                 texts = score.generate(
-                    asked.model, asked.tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+                    asked.model,
+                    asked.tokenizer,
+                    [question.ids for question in questions],
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    beside=beside(asked.tokenizer, questions) if pictures else None,
                 )
             for entry, text in zip(found, texts, strict=True):
                 entry["answers"][who] = text
     return found
+
+
+def _questions(
+    writer: Writer, base: Base, prompts: Sequence[str], system: str | None, pictures: Sequence[PictureFile]
+) -> list[Segment]:
+    """Return prompts as a model is asked them, behind some pictures.
+
+    Raises:
+        ConfigError: it reads no pictures.
+    """
+    if pictures and not writer.sees:
+        raise ConfigError(
+            f"{base.name} is of kind {writer.name}, which reads no pictures; leave them out, or take a model that does",
+            code="pictures_unread",
+            field="image",
+        )
+    if pictures:
+        return [question_ids(base.tokenizer, prompt, pictures, system=system) for prompt in prompts]
+    return [Segment(writer.prompt_ids(base.tokenizer, prompt, system), False) for prompt in prompts]
 
 
 def _asked(name: str, own: Given | None, stored: Sequence[AdapterFolder], precision: str) -> Base:

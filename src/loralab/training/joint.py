@@ -34,6 +34,7 @@ from loralab.training.fast.forward_path import (
     on_device,
     packed_states,
     rounded_up,
+    smallest_with_picture,
 )
 from loralab.training.fast.functions import token_losses
 from loralab.training.fast.patches import attention_function, known_modules, patched
@@ -317,10 +318,10 @@ class _Dropout(nn.Module):
 
 
 def trial_rows(key: Hashable, path: ForwardPath, examples: Sequence[Example]) -> JobRows:
-    """Return rows on which a job is compared: noise, or pictures of its own."""
+    """Return rows on which a job is compared: noise, and pictures of its own."""
     if kind_named(path.kind).pictures:
         return JobRows(key, path, examples[:2])
-    return JobRows(key, path, noise(path.model, path.kind))
+    return JobRows(key, path, [*smallest_with_picture(examples), *noise(path.model, path.kind)])
 
 
 def _widths(part: JobRows) -> tuple[int, int]:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from loralab.adapters.adapter import Adapter
+from loralab.adapters.paths import inside
+from loralab.adapters.targets import outer_names
+from loralab.adapters.towers import tower_of
 from loralab.errors import AdapterStateError, LearningError, join_limited
 
 FIRST_LOOK, SECOND_LOOK = 1, 3  # steps after which gradients, and then weights, are checked
@@ -124,6 +127,17 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _may_miss(adapter: Adapter, names: Sequence[str]) -> bool:
-    """Return weights that exist already may be idle in this use of the model; not all of them may."""
-    existing = adapter.spec.trains_base
-    return existing and len(names) < len(adapter.parameters())
+    """Return whether tensors may be idle in some steps.
+
+    So may weights that exist already, though not all of them; and those in towers, where no row has a picture.
+    """
+    if len(names) == len(adapter.parameters()):
+        return False
+    return adapter.spec.trains_base or len(in_towers(adapter, names)) == len(names)
+
+
+def in_towers(adapter: Adapter, names: Sequence[str]) -> list[str]:
+    """Return those of an adapter's tensors that are beside the language part of its model."""
+    modules = list(adapter.modules)
+    towers = tower_of(adapter.model, modules, outer_names(adapter.model))
+    return [name for name in names if inside(name, towers)]

@@ -165,7 +165,7 @@ def _workspace(path: ForwardPath, device: torch.device) -> int:
 def kept_bytes(path: ForwardPath, rows: Sequence[Example], most: int = MEASURED_TOKENS) -> float:
     """Return the bytes that a forward pass on these rows keeps; of many tokens it is extended from fewer."""
     size = path.size(rows)
-    if rows[0].image is not None:
+    if any(row.image is not None for row in rows):  # which cannot be cut
         fewer, half = rows[:MEASURED_PICTURES], rows[: MEASURED_PICTURES // 2]
     else:
         fewer, half = _cut(rows, most / size), _cut(rows, most / size / 2)

@@ -40,6 +40,7 @@ from loralab.training.request import Request
 from loralab.training.run_facts import RunFacts, facts_of, require_same, write_facts
 from loralab.training.settings import Training
 from loralab.training.shard import require_shardable, shard_base
+from loralab.training.towers import with_idle_towers
 from loralab.training.world import world
 from loralab.values import read_toml
 
@@ -139,7 +140,9 @@ def _ready(
     _require_rows_to_occur(adapter, encoded)
     if training.shard_base and load is None:
         shard_base(base.model, [adapter], world())
-    path = fastest_path(adapter, base.kind, pad_id=base.tokenizer.pad_token_id or 0, pictures=base.tokenizer)
+    pad_id = base.tokenizer.pad_token_id or 0
+    path = fastest_path(adapter, base.kind, pad_id=pad_id, pictures=base.tokenizer, examples=encoded.examples)
+    encoded = with_idle_towers(adapter, path, encoded)
     path.max_tokens = training.pass_tokens or path.max_tokens
     path.longest = max(len(text) for e in encoded.examples for text in e.texts)
     chosen = training
@@ -232,6 +235,7 @@ def load_base(
         ModelError: there is no such model, or it cannot learn from such rows.
     """
     kind = models.kind_for(name, task.format, wanted)
+    encode.require_suited(task, kind)
     dtype = models.parse_dtype(resolve_precision(precision))
     base = models.load(name, kind=kind, dtype=dtype, labels=task.labels, seed=seed, image_size=image_size)
     base.model.to(device or device_here())

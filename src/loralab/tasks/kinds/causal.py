@@ -33,7 +33,7 @@ class Causal(Writer):
 
     def check(self, task: Task, tokenizer: Any) -> None:
         """Refuse a template with which the first answer cannot be learnt."""
-        encode.round_trip(task, tokenizer)
+        encode.round_trip(task, tokenizer, self.name)
 
     def labels_of(self, examples: Sequence[Example], longest: int) -> Tensor:
         """Return the labels of each token, (B, L), unshifted."""

@@ -42,7 +42,7 @@ class Images(Classifier):
 
     def sample(self, task: Task, split: str, rows: Sequence[Row], tokenizer: Any) -> list[Ids]:
         """Return the values of small pictures."""
-        return [_small(row["image"].open()) for row in rows]
+        return [small(row["image"].open()) for row in rows]
 
     def sample_batch(self, sample: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
         """Return a small picture as a batch of one."""
@@ -65,5 +65,6 @@ class _Grey:
         return Image.new("RGB", (8, 8), (99, 128, 155))
 
 
-def _small(image: Any) -> Ids:
+def small(image: Any) -> Ids:
+    """Return the values of a picture, made small."""
     return tuple(image.convert("RGB").resize((PICTURE_SIDE, PICTURE_SIDE)).tobytes())

@@ -59,6 +59,7 @@ class Kind(ABC):
         formats: of rows that it learns from (formats.py).
         headed: whether it ends in outputs of its own, of which a new one is trained whole.
         pictures: whether it reads pictures, not text.
+        sees: whether it reads pictures in a text.
         writes: whether it answers in text.
         asks: whether it reads a question before a text to classify.
         packs: whether its rows may stand one after the other without padding.
@@ -72,6 +73,7 @@ class Kind(ABC):
     formats: tuple[str, ...]
     headed = False
     pictures = False
+    sees = False
     writes = False
     asks = False
     packs = False

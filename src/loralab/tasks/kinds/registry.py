@@ -16,6 +16,7 @@ def kinds() -> Mapping[str, Kind]:
     """Return all kinds by name; of those that learn from rows of a format, the usual one comes first."""
     from loralab.tasks.kinds.causal import Causal
     from loralab.tasks.kinds.classifier import Classifier
+    from loralab.tasks.kinds.image_text import ImageText
     from loralab.tasks.kinds.images import Images
     from loralab.tasks.kinds.multi_label import MultiLabel
     from loralab.tasks.kinds.pairs import Pairs
@@ -25,7 +26,7 @@ def kinds() -> Mapping[str, Kind]:
     from loralab.tasks.kinds.seq2seq import Seq2Seq
     from loralab.tasks.kinds.tagger import Tagger
 
-    languages: tuple[Kind, ...] = (Causal(), Classifier(), Seq2Seq())
+    languages: tuple[Kind, ...] = (Causal(), Classifier(), Seq2Seq(), ImageText())
     numbers: tuple[Kind, ...] = (ScoredPairs(), Regression(), Reranker())
     every = (*languages, Tagger(), Pairs(), MultiLabel(), *numbers, Images())
     return {kind.name: kind for kind in every}

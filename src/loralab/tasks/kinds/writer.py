@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from loralab.tasks.catalog import Task
 from loralab.tasks.examples import Ids
+from loralab.tasks.formats import Row
 from loralab.tasks.forward import CHUNK, token_losses
-from loralab.tasks.generation import write_answers
+from loralab.tasks.generation import Beside, write_answers
 from loralab.tasks.kinds.kind import Kind, Scored, Scoring
 from loralab.tasks.kinds.rows import Columns, by_row, mean
 from loralab.tasks.metrics import label_metrics, text_metrics
@@ -27,6 +29,10 @@ class Writer(Kind):
     @abstractmethod
     def questions(self, given: Scoring) -> tuple[Sequence[Ids], Sequence[str]]:
         """Return what the model is asked of each row, and the answer that it should write."""
+
+    def beside(self, task: Task, rows: Sequence[Row], tokenizer: Any) -> Beside | None:
+        """Return what gives the inputs beside the ids of questions; None where there are none."""
+        return None
 
     @abstractmethod
     def answered(self, given: Scoring) -> Columns:
@@ -55,7 +61,14 @@ class Writer(Kind):
             metrics |= label_metrics([row["label"] for row in rows], written)
         elif given.generate:
             asked, expected = self.questions(given)
-            written = write_answers(given.model, given.tokenizer, asked, given.max_new_tokens, given.batch_size)
+            written = write_answers(
+                given.model,
+                given.tokenizer,
+                asked,
+                given.max_new_tokens,
+                given.batch_size,
+                beside=self.beside(given.task, given.rows, given.tokenizer),
+            )
             metrics |= text_metrics(expected, written)
         own = by_row(given.encoded.examples, sums, counts, len(rows))
         return Scored(metrics=metrics, written=written, row_losses=own)

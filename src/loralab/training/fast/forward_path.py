@@ -173,8 +173,13 @@ def max_tokens_on(device: torch.device) -> int:
     return MAX_TOKENS.get(device.type, MAX_TOKENS["cuda"])
 
 
-def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None) -> ForwardPath:
+def fastest_path(
+    adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = None, examples: Sequence[Example] = ()
+) -> ForwardPath:
     """Return the fastest path for this model and adapter that agrees with the plain one.
+
+    Args:
+        examples: all that it is for; one with a picture in a text is tried with the noise.
 
     Raises:
         ModelError: the plain way does not work, or reads what it should predict.
@@ -182,7 +187,9 @@ def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = No
     model = adapter.model
     device = next(model.parameters()).device
     path = ForwardPath(model, kind, pad_id, pictures, max_tokens=max_tokens_on(device))
-    examples, training = noise(model, kind), model.training
+    drawn, training = noise(model, kind), model.training
+    seen = smallest_with_picture(examples) if kind_named(kind).sees else []
+    examples = [*seen, *drawn]
     with torch.random.fork_rng(), contextlib.ExitStack() as stack:
         stack.callback(model.train, training)
         expected = _plain_result(path, adapter, examples)
@@ -195,6 +202,9 @@ def fastest_path(adapter: Adapter, kind: str, *, pad_id: int, pictures: Any = No
         for mode in MODES[:-1]:
             path.mode = mode
             if mode == "packed" and not (own.packs and _can_pack(device, _dtype(model))):
+                continue
+            if mode == "packed" and seen:
+                path.refused[mode] = "there are pictures in them"
                 continue
             try:
                 found = _result(path, adapter, examples)
@@ -366,6 +376,11 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def noise(model: Any, kind: str) -> list[Example]:
     """Return the rows of unequal length of common ids, with loss on some of their tokens; or two pictures."""
     return kind_named(kind).noise(model)
+
+
+def smallest_with_picture(examples: Sequence[Example]) -> list[Example]:
+    """Return the shortest example with a picture, if there is one."""
+    return sorted((e for e in examples if e.image is not None), key=lambda example: example.length)[:1]
 
 
 def on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,38 @@
+"""Adapted towers: they learn from rows with pictures, and only where the language part reads them."""
+
+from dataclasses import replace
+
+import torch
+
+from loralab.adapters.adapter import Adapter
+from loralab.errors import ConfigError, join_limited
+from loralab.tasks.examples import Encoded
+from loralab.training.fast.forward_path import ForwardPath, smallest_with_picture
+from loralab.training.learning import NO_EARLY_GRADIENT, in_towers, trained
+
+
+def with_idle_towers(adapter: Adapter, path: ForwardPath, encoded: Encoded) -> Encoded:
+    """Return the rows with a note of adapted layers of towers that no gradient reaches, if there are any.
+
+    Raises:
+        ConfigError: towers are adapted, and no row has a picture.
+    """
+    if not (tensors := in_towers(adapter, list(trained(adapter)))):
+        return encoded
+    seen = smallest_with_picture(encoded.examples)
+    if not seen:
+        raise ConfigError(
+            "target_modules means layers of towers, which no training row reaches: none has a picture; leave them "
+            "out, or give rows with a column image or images",
+            code="towers_without_pictures",
+            field="target_modules",
+        )
+    known = {name: p for name, p in trained(adapter).items() if name in tensors}
+    with path.activated(), torch.random.fork_rng():
+        found = torch.autograd.grad(path.loss(seen), list(known.values()), allow_unused=True)
+    pairs = [(n, g) for n, g in zip(known, found, strict=True) if not n.endswith(NO_EARLY_GRADIENT)]
+    idle = dict.fromkeys(n.rpartition(".lora_")[0] or n for n, g in pairs if g is None or not g.any())
+    if not idle:
+        return encoded
+    note = f"no gradient reaches {join_limited(idle)}: the model does not use what it makes of a picture"
+    return replace(encoded, notes=(*encoded.notes, note))
