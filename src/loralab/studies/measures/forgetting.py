@@ -171,14 +171,15 @@ def general_task(own: Task, kind: str, asked: str = "") -> Task:
         DataError: what was asked for cannot be read.
     """
     packaged = TEXTS if kind_named(kind).packs else PICTURE_TASKS if kind_named(kind).pictures else TEXT_TASKS
-    lacking = [name for name in packaged if TASKS[name].locate() is None]
-    for name in [asked] if asked else [name for name in packaged if name not in lacking]:
-        if (found := _unseen(_whole(name, kind) if asked else _packaged_rows(name, kind), own)) is not None:
+    here = {name: (p, p.stat().st_mtime_ns) for name in packaged if (p := TASKS[name].locate()) is not None}
+    for name in [asked] if asked else here:
+        whole = _whole(name, kind) if asked else _packaged(name, kind, TASKS[name], *here[name])
+        if (found := _unseen(whole, own)) is not None:
             return _few(found)
     if asked:
         text = f"--general {asked} holds the data that is trained on; give another one"
         raise ConfigError(text, code="own_data", field="general")
-    missing = "".join(f"; {name}: {TASKS[name].get()}" for name in lacking)
+    missing = "".join(f"; {name}: {TASKS[name].get()}" for name in packaged if name not in here)
     text = f"no packaged data is here that is not the task's own: give --general{missing}"
     raise ConfigError(text, code="no_general", field="general")
 
@@ -197,15 +198,9 @@ def digest_of(own: Task, kind: str, asked: str) -> str:
         return ""
 
 
-def _packaged_rows(name: str, kind: str) -> Task:
-    """Return `_whole` of a named task, read once in a process as long as the task and its file stay the same."""
-    place = TASKS[name].locate()
-    assert place is not None
-    return _read_once(name, kind, TASKS[name], place, place.stat().st_mtime_ns)
-
-
 @functools.lru_cache(maxsize=4)
-def _read_once(name: str, kind: str, task: Any, place: Path, changed: int) -> Task:
+def _packaged(name: str, kind: str, task: Any, place: Path, changed: int) -> Task:
+    """Return `_whole` of a named task, read once in a process as long as the task and its file stay the same."""
     return _whole(name, kind)
 
 
