@@ -7,9 +7,12 @@ of them end within six minutes. Models have random weights in real shapes: nothi
     methods    loss and gradient of each method on the GPU against fp32 on the processor, then a
                training run of a few steps
     tests      the tests of adapters, training and serving as they stand, where pytest is installed
-    train      tokens a second and peak memory of training steps, loralab and its peers in turn
+    train      tokens a second and peak memory of training steps, loralab and its peers in turn, and the
+               share of the rate of a large product that its layers reach
+    qlora      the same at the largest shape with a base in NF4
+    decode     tokens a second of batches of 1 to 128 rows with ten adapters, against peft's generate
 
-    python benchmarks/gpu.py [--parts agreement methods tests train] [--shapes 135m 1b 8b]
+    python benchmarks/gpu.py [--parts agreement methods tests train qlora decode] [--shapes 135m 1b 8b]
         [--json FILE] [--device cpu] [--tiny]
 
 Without a GPU it says so and ends with exit code 2, unless --device cpu is given.
@@ -25,83 +28,20 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from sides import Figures, Turn, Worker, answering, finish, in_turn, parser, ratios, shown, spread, table, write_rows
+from gpu_models import PRECISIONS, SHAPES, biased, language_model, trained
+from gpu_speed import decoding, step_in_turn, train_shape
+from sides import answering, finish, parser, shown, table, write_rows
 
 SECONDS = 340  # for everything
-LIMITS = {"agreement": 60, "methods": 90, "tests": 60, "train": 100}  # seconds; of a shape in train
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
-SHAPES = {  # of SmolLM2-135M, Llama 3.2 1B and Llama 3.1 8B
-    "tiny": (32, 48, 2, 4, 2, 64),
-    "135m": (576, 1536, 30, 9, 3, 49152),
-    "1b": (2048, 8192, 16, 32, 8, 128256),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-}
-TIED = ("tiny", "135m", "1b")
-PEERS = {"trainer": "peft + Trainer", "liger": "peft + Trainer + liger"}
-BATCH, LONGEST, ROWS = 8, 512, 400
+LIMITS = {"agreement": 60, "train": 100, "qlora": 100, "decode": 100, "methods": 90, "tests": 60}  # seconds; of a shape
 RAGGED = (90, 60, 120, 40, 200, 80, 70, 150)  # tokens of the rows that are compared
 FEW = ("lora", "adalora", "prefix")  # methods of a trial
-WORDS = "the a film time people way day man woman life world good bad user assistant"
-TEMPLATE = (
-    "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s>{% endfor %}"
-    "{% if add_generation_prompt %}<s> assistant {% endif %}"
-)
 Line = dict[str, Any]
-
-
-def language_model(shape: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A Llama of a shape with random weights, made on the device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = dict(zip(SIZES, SHAPES[shape], strict=True))
-    config = LlamaConfig(
-        **sizes,
-        tie_word_embeddings=shape in TIED,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        max_position_embeddings=2048,
-    )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
-def tokenizer() -> Any:
-    """Whole words, with a chat template; </s> ends a text and pads."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<unk>", "<s>", "</s>", *WORDS.split()]
-    made = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        unk_token="<unk>",
-        chat_template=TEMPLATE,
-    )
 
 
 # -- agreement ------------------------------------------------------------------------------------
@@ -258,16 +198,6 @@ def on_both(config: Any, dtype: torch.dtype, device: torch.device) -> Line:
     return compared(results[0], results[1], dtype) | {"path": path.mode}
 
 
-def biased(model: Any) -> Any:
-    """The model with biases on its linear layers, which BitFit trains."""
-    from torch import nn
-
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-            module.bias = nn.Parameter(torch.zeros(module.out_features))
-    return model
-
-
 def few_steps(config: Any, precision: str, data: Path, folder: Path) -> float:
     """The validation loss after three steps of a run that is saved."""
     from loralab import Training
@@ -280,28 +210,6 @@ def few_steps(config: Any, precision: str, data: Path, folder: Path) -> float:
     except ConfigError:  # adalora does not train in fp16, and says so
         return float("nan")
     return float(run.scores["validation"].metrics["loss"])
-
-
-def trained(shape: str, config: Any, data: Path, folder: Path, listener: Any, training: Any) -> Any:
-    """A run of loralab on a model with random weights."""
-    from loralab.models.device import device_here
-    from loralab.models.load import Base
-    from loralab.training.preflight import prepare
-    from loralab.training.request import Request
-    from loralab.training.run import run_prepared
-
-    request = Request.of(shape, str(data), config, training, None)
-    dtype = PRECISIONS[request.training.precision]
-
-    def load(request: Request, task: Any) -> Base:
-        model = language_model(shape, dtype, device_here())
-        model = biased(model) if shape == "tiny" else model
-        return Base(
-            name=shape, model=model.to(device_here(), dtype), tokenizer=tokenizer(), kind="causal-lm", source=shape
-        )
-
-    folder.mkdir(parents=True)
-    return run_prepared(request, prepare(request, load), folder, listener)
 
 
 # -- tests ----------------------------------------------------------------------------------------
@@ -342,119 +250,13 @@ def tests(device: torch.device, tiny: bool) -> Iterator[Line]:
         }
 
 
-# -- training steps -------------------------------------------------------------------------------
-
-
-def train_shape(shape: str, pairs: int, warm_up: int) -> Iterator[Line]:
-    """Steps of loralab and of each peer in turn, on rows of mixed length."""
-    liger = importlib.util.find_spec("liger_kernel") is not None
-    for name in PEERS if liger else ("trainer",):
-        with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / "rows.jsonl"
-            write_rows(data, "mixed", ROWS)
-            given = [shape, str(data), str(pairs + warm_up + 1)]
-            sides = {side: partial(Worker, __file__, ["--worker", side, *given]) for side in ("loralab", name)}
-            yield summed_up(in_turn(sides, pairs, warm_up), name)
-
-
-def summed_up(counted: Mapping[str, list[Figures]], peer_name: str) -> Line:
-    """Ratios of the pairs, and the peaks."""
-    speed = {side: [r["tokens"] / r["seconds"] for r in rows] for side, rows in counted.items()}
-    peak = {side: max(r["peak"] for r in rows) for side, rows in counted.items()}
-    return {
-        "ok": True,
-        "case": peer_name,
-        "tokens_per_second": {side: spread(values) for side, values in speed.items()},
-        "speed_ratio": ratios(speed["loralab"], speed[peer_name]),
-        "peak_bytes": peak,
-        "memory_ratio": peak["loralab"] / peak[peer_name],
-    }
-
-
-def step_in_turn(side: str, shape: str, data: Path, steps: int, turn: Turn) -> None:
-    """In a worker: train with loralab or a peer, and call `turn` after each step."""
-    from loralab import LoRA, Training
-
-    if side == "loralab":
-
-        def listen(event: dict[str, Any]) -> None:
-            if event["kind"] == "step":
-                turn({"tokens": event["tokens"]})
-
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
-        trained(
-            shape,
-            LoRA(),
-            data,
-            data.parent / "ours",
-            listen,
-            Training(
-                max_steps=steps,
-                batch_size=BATCH,
-                max_length=LONGEST,
-                save_every=10_000,
-                evaluation_rows=1,
-                precision=precision,
-            ),
-        )
-    else:
-        peer(side, shape, data, steps, turn)
-
-
-def peer(name: str, shape: str, data: Path, steps: int, turn: Turn) -> None:
-    """peft with Trainer on the same rows and weights, with liger's kernels where asked for."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
-
-    from loralab.models.device import device_here
-    from loralab.tasks import catalog, encode
-
-    cuda, words = torch.cuda.is_available(), tokenizer()
-    dtype = torch.bfloat16 if cuda else torch.float32
-    task = catalog.find(str(data))
-    found = encode.encode(task, "train", words, kind="causal-lm", max_length=LONGEST)
-    rows = [{"input_ids": list(e.input_ids), "labels": list(e.labels)} for e in found.examples]
-    seen = {"tokens": 0.0}
-
-    class Step(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            turn(dict(seen))
-
-    class Collate(DataCollatorForSeq2Seq):  # type: ignore[misc]
-        def __call__(self, features: list[dict[str, Any]], return_tensors: Any = None) -> Any:
-            seen["tokens"] += sum(len(feature["input_ids"]) for feature in features)
-            return super().__call__(features, return_tensors)
-
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(language_model(shape, dtype, device_here()), lora)
-    arguments = TrainingArguments(
-        output_dir=str(data.parent / "peer"),
-        max_steps=steps,
-        learning_rate=5e-4,
-        bf16=cuda,
-        use_cpu=not cuda,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_strategy="no",
-        per_device_train_batch_size=BATCH,
-        use_liger_kernel=name == "liger",
-    )
-    Trainer(
-        model=model,
-        train_dataset=rows,
-        callbacks=[Step()],
-        args=arguments,
-        data_collator=Collate(words, padding=True, label_pad_token_id=-100),
-    ).train()
-
-
 # -- all of it ------------------------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[torch.device, bool], Iterator[Line]]] = {
     "agreement": agreement,
     "methods": methods,
     "tests": tests,
+    "decode": decoding,
 }
 
 
@@ -499,8 +301,8 @@ def act(part: str, chosen: argparse.Namespace) -> None:
     """In a part's own process: write its lines as they come."""
     name, _, shape = part.partition(":")
     device = torch.device(chosen.device)
-    if name == "train":
-        lines = train_shape(shape, *((1, 1) if chosen.tiny else (6, 3)))
+    if name in ("train", "qlora"):
+        lines = train_shape(shape, *((1, 1) if chosen.tiny else (6, 3)), "none" if name == "train" else "nf4")
     else:
         lines = PARTS[name](device, chosen.tiny)
     with Path(chosen.out).open("a", encoding="utf-8") as file:
@@ -527,9 +329,12 @@ def told(line: Line) -> str:
     """The figures of a line in a few words."""
     if "speed_ratio" in line:
         rates = {side: shown(f, 0) for side, f in line["tokens_per_second"].items()}
-        peaks = " : ".join(f"{b / 1e9:.2f}" for b in line["peak_bytes"].values())
         both = " : ".join(rates.values())
-        return f"{both} tokens/s, ratio {shown(line['speed_ratio'])}; peak {peaks} GB"
+        peaks = " : ".join(f"{b / 1e9:.2f}" for b in line.get("peak_bytes", {}).values())
+        reached = line.get("share_of_rate")
+        return f"{both} tokens/s, ratio {shown(line['speed_ratio'])}" + (
+            (f"; peak {peaks} GB" if peaks else "") + (f"; {reached:.0%} of the rate" if reached else "")
+        )
     if "error" in line:
         return str(line["error"]).strip().splitlines()[-1][:120]
     if "summary" in line:
@@ -566,15 +371,15 @@ def options() -> argparse.Namespace:
     known.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=["135m", "1b", "8b"])
     known.add_argument("--part", help=argparse.SUPPRESS)
     known.add_argument("--out", help=argparse.SUPPRESS)
-    known.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    known.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     return known.parse_args()
 
 
 def main() -> int:
     chosen = options()
     if chosen.worker:
-        side, shape, data, steps = chosen.worker
-        step_in_turn(side, shape, Path(data), int(steps), answering())
+        side, shape, data, steps, quantize = chosen.worker
+        step_in_turn(side, shape, Path(data), int(steps), quantize, answering())
         return 0
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("gpu.py: no GPU here; --device cpu --tiny tries the script without one", file=sys.stderr)
@@ -583,13 +388,15 @@ def main() -> int:
         act(chosen.part, chosen)
         return 0
     shapes = ["tiny"] if chosen.tiny else chosen.shapes
-    parts = [p for part in chosen.parts for p in ([f"train:{s}" for s in shapes] if part == "train" else [part])]
+    own = {"train": [f"train:{s}" for s in shapes], "qlora": [f"qlora:{shapes[-1]}"]}
+    parts = [one for part in chosen.parts for one in own.get(part, [part])]
     lines: list[Line] = []
+    slack = 5 if chosen.tiny else 1  # a trial runs beside other work
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for number, part in enumerate(parts):
-            left = SECONDS - (time.perf_counter() - begun)
-            limit = min(LIMITS[part.partition(":")[0]], left)
+            left = slack * SECONDS - (time.perf_counter() - begun)  # parts that come late may be cut short
+            limit = min(slack * LIMITS[part.partition(":")[0]], left)
             lines += run_part(part, chosen, limit, Path(folder) / f"{number}.jsonl")
     title = "loralab on a GPU" if chosen.device == "cuda" else "A trial on the processor"
     head = ("part", "shape", "case", "precision", "result", "figures")

@@ -41,7 +41,7 @@ def ours(folder: Path, model: str = "model") -> Batch:
     from loralab.serving.request import Sampling
     from loralab.serving.settings import ServeSettings
 
-    settings = ServeSettings(precision="bf16", max_batch=64)
+    settings = ServeSettings(precision="bf16", max_batch=128)
     engine = open_engine(model=str(folder / model), store=folder / "store", settings=settings)
 
     def batch(asked: list[list[int]], adapters: list[str | None], new: int) -> int:
@@ -64,6 +64,7 @@ def peft(folder: Path) -> Batch:
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    base.to("cuda" if torch.cuda.is_available() else "cpu")
     model = PeftModel.from_pretrained(base, folder / "store" / "mixed-0", adapter_name="mixed-0")
     for number in range(1, ADAPTERS):
         name = f"mixed-{number}"
@@ -73,7 +74,7 @@ def peft(folder: Path) -> Batch:
 
     @torch.no_grad()
     def batch(asked: list[list[int]], adapters: list[str | None], new: int) -> int:
-        ids = torch.tensor(asked)
+        ids = torch.tensor(asked, device=base.device)
         length = {"max_new_tokens": new, "min_new_tokens": new}
         own = ["__base__" if name is None else name for name in adapters]
         chosen = {} if not any(adapters) else {"adapter_names": own}

@@ -25,8 +25,8 @@ CLEARLY = 0.10  # points of accuracy that the adapted model must be ahead
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="written anew")
-    parser.add_argument("--steps", type=int, default=70)
-    parser.add_argument("--reviews", type=int, default=300, help="unseen reviews to score on")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--reviews", type=int, default=200, help="unseen reviews to score on")
     options = parser.parse_args()
     console = Console(width=100)
     started = time.perf_counter()

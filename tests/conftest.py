@@ -98,11 +98,27 @@ def save_tiny(tmp_path_factory: pytest.TempPathFactory) -> Saver:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama_folder(save_tiny: Saver) -> Path:
+def tiny_llama_folder(deep_llama_folder: Path) -> Path:
+    """The Llama that most tests take; a folder of tests that are no matter of layers takes the flat one."""
+    return deep_llama_folder
+
+
+@pytest.fixture(scope="session")
+def deep_llama_folder(save_tiny: Saver) -> Path:
     """Llama with grouped queries and a tied head, chat template, end token = padding."""
+    return _save_llama(save_tiny, 2)
+
+
+@pytest.fixture(scope="session")
+def flat_llama_folder(save_tiny: Saver) -> Path:
+    """The same of one layer, for whole runs: half of what they take."""
+    return _save_llama(save_tiny, 1)
+
+
+def _save_llama(save_tiny: Saver, layers: int) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
-        **SIZES,
+        **{**SIZES, "num_hidden_layers": layers},
         num_key_value_heads=2,
         tie_word_embeddings=True,
         bos_token_id=1,
@@ -124,7 +140,13 @@ def tiny_gpt2_folder(save_tiny: Saver) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bert_folder(save_tiny: Saver) -> Path:
+def tiny_bert_folder(deep_bert_folder: Path) -> Path:
+    """The encoder that most tests take, as with the Llama."""
+    return deep_bert_folder
+
+
+@pytest.fixture(scope="session")
+def deep_bert_folder(save_tiny: Saver) -> Path:
     """A BERT encoder without a head."""
     torch.manual_seed(0)
     return save_tiny("bert", BertModel(BertConfig(**SIZES, max_position_embeddings=128)), False)

@@ -65,7 +65,7 @@ def joined(address: str, cpus: int = 1) -> Iterator[Any]:
             if address == LOCAL:
                 own = {"include_dashboard": False, "num_cpus": max(cpus, os.cpu_count() or 1)}
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", namespace="loralab", **own)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except Exception as error:  # Ray raises bare ones, too: of a node that does not start in time
             said = " ".join(str(error).split())
             raise ConfigError(
                 f"--ray {address}: no cluster to join: {said:.200}", code="no_cluster", field="ray"

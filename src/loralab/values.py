@@ -19,6 +19,7 @@ from loralab.errors import ConfigError, InputError, format_value, nearest
 
 T = TypeVar("T")
 
+SECONDS = {"S": 1, "M": 60, "H": 3600}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 MAX_JSON_BYTES = 1 << 26  # bytes of a file of settings or records
 MAX_TOML_BYTES = 1 << 20
@@ -78,7 +79,7 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
-    if origin is tuple:
+    if origin in (tuple, Sequence):
         return isinstance(value, list | tuple | set | frozenset) and all(_fits(one, inner[0]) for one in value)
     if origin is not None:  # a mapping
         return isinstance(value, Mapping) and all(_fits(one, inner[1]) for one in value.values())
@@ -106,14 +107,33 @@ def parse_bytes(name: str, text: str) -> int:
     Raises:
         ConfigError: no number with one of the units.
     """
-    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
-    try:
-        amount = float(number)
-    except ValueError:
-        amount = math.nan
-    if unit not in UNITS or not (math.isfinite(amount) and amount > 0):
+    amount = _amount(text, UNITS)
+    if amount is None:
         raise ConfigError(f"{name} must be like 4GB or 800MB, got {text!r}", code="invalid_size", field=name)
-    return int(amount * UNITS[unit])
+    return int(amount)
+
+
+def parse_seconds(text: str) -> float:
+    """Parse "20m" -> 1200.0; units s, m and h.
+
+    Raises:
+        ConfigError: no number with one of the units.
+    """
+    amount = _amount(text, SECONDS)
+    if amount is None:
+        raise ConfigError(f"budget must be like 20m, 90s or 1.5h, got {text!r}")
+    return amount
+
+
+def _amount(text: str, units: Mapping[str, int]) -> float | None:
+    """Return a positive number of units; None where it is none, or no unit follows it."""
+    width = len(next(iter(units)))
+    number, unit = text.strip()[:-width], text.strip()[-width:].upper()
+    try:
+        amount = float(number) * units[unit]
+    except (ValueError, KeyError):
+        return None
+    return amount if 0 < amount < math.inf else None
 
 
 def join_pairs(values: Mapping[str, str]) -> str:

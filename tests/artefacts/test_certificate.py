@@ -266,7 +266,6 @@ def test_what_was_never_certified_is_not_verified(
     assert (error.value.code, error.value.field) == ("no_record", "path")
 
 
-@pytest.mark.interpreter
 def test_a_process_that_fails_says_why_in_one_line(
     make_adapter: MakeAdapter, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from loralab.native import library as native
 @pytest.fixture(autouse=True)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-O0"))  # nothing here runs it
     monkeypatch.setattr(native, "kernels", native.functools.lru_cache(native.kernels.__wrapped__))
 
 

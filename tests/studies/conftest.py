@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from conftest import SIZES, Saver
 from PIL import Image
+from transformers import BertConfig, BertModel
 
 from loralab.studies import store
 from loralab.studies.figures import drawn
@@ -23,6 +26,14 @@ from loralab.studies.wording import LANGUAGES, catalogue, say
 
 STRAY = re.compile(r"[\u3000-\u9fff\uff00-\uffef] [\u3000-\u9fff\uff00-\uffef]")
 Here = Callable[[StudySetup, Path], list[Record]]
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_folder(save_tiny: Saver) -> Path:
+    """Write an encoder of one layer: a study makes many runs, and compares no layers."""
+    torch.manual_seed(0)
+    config = BertConfig(**{**SIZES, "num_hidden_layers": 1}, max_position_embeddings=128)
+    return save_tiny("bert", BertModel(config), False)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """On a cluster a study gives the numbers that it gives at home, whatever happens to machines."""
 
 import dataclasses
+import math
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +19,14 @@ from studies.outcomes import results
 from loralab.cluster import joined, require_reachable
 from loralab.errors import ConfigError
 from loralab.studies import store
-from loralab.studies.away import RemoteResult, measure_here
-from loralab.studies.cluster import LOCAL_ONLY, Cluster, received
+from loralab.studies.cluster import LOCAL_ONLY, Cluster, RemoteResult, measure_here, received
 from loralab.studies.executor import Here
+from loralab.studies.halving import FIRST, RATES
+from loralab.studies.rates import usual
 from loralab.studies.runner import session
-from loralab.studies.study import DONE, FAILED, Arm, Record, Trial
+from loralab.studies.search import in_turn
+from loralab.studies.study import DONE, FAILED, Arm, Record, StudySetup, Trial
+from loralab.studies.suggest import suggested
 
 # Ray's own test cluster leaves files and processes to the garbage collector
 pytestmark = [
@@ -69,6 +74,16 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         pass
 
 
+def test_a_cluster_that_does_not_start_is_no_internal_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**given: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray does
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    with pytest.raises(ConfigError) as error, joined("local"):
+        pass
+    assert (error.value.code, error.value.field) == ("no_cluster", "ray")
+
+
 def test_what_reads_other_trials_or_takes_times_stays_at_home() -> None:
     signs = ("carried import adapter_folder", "folder.parent", "perf_counter")
     found = {
@@ -109,6 +124,38 @@ def test_what_comes_back_is_put_whole_into_its_place(tmp_path: Path, monkeypatch
     assert record is not None
     assert (record.numbers, record.seconds, set(record.texts)) == ({"score": 0.5}, 3.0, {"node"})
     assert [file.name for file in (place / "run").iterdir()] == ["kept"]
+
+
+class Proposed:
+    """A session whose runs take no time; the loss is lowest at three times the usual rate."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ran = folder, list[str]()
+        self.cluster = SimpleNamespace(each=in_turn, abreast=2)
+
+    def prepare(self, setup: StudySetup, arms: list[Arm], *, skip_invalid: bool) -> list[Arm]:
+        return arms
+
+    def obtain(self, trial: Trial) -> Record:
+        self.ran.append(trial.digest)
+        factor = trial.arm.fields["learning_rate"] / usual(trial.setup, trial.arm)
+        record = trial.record(numbers={"validation_loss": math.log(factor / 3) ** 2})
+        store.write(store.place_of(self.folder, trial), trial, record, 1.0)
+        return record
+
+
+def test_proposals_go_on_from_what_the_folder_holds(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    setup = setup_of("recommend", tmp_path, tmp_path, fields={"max_steps": 90, "batch_size": 4, "precision": "fp32"})
+    first, second = Proposed(tmp_path), Proposed(tmp_path)
+    few = suggested(first, dataclasses.replace(setup, values=("9", "90")))
+    assert {arm.name for arm in few[:2]} == {"base", "default"}
+    assert sum(FIRST in arm.name for arm in few) >= len(RATES)  # what one would take without looking
+    more = suggested(second, dataclasses.replace(setup, values=("18", "90")))
+    assert len(first.ran) == 9
+    assert len(second.ran) == 18 - (len(few) - 2)
+    assert not set(first.ran) & set(second.ran[:1])
+    assert {arm.name for arm in few} <= {arm.name for arm in more}
 
 
 # -- with one ------------------------------------------------------------------------------------

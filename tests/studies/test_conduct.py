@@ -21,7 +21,8 @@ from loralab.studies.fields import configured
 from loralab.studies.halving import plan_for, survivors
 from loralab.studies.prepare import prepare, question_module
 from loralab.studies.runner import Session
-from loralab.studies.study import DIVERGED, Arm, Record, StudyOptions, StudySetup, parse_seconds
+from loralab.studies.study import DIVERGED, Arm, Record, StudyOptions, StudySetup
+from loralab.values import parse_seconds
 
 
 def grid(tmp_path: Path, text: str) -> Path:
@@ -362,3 +363,11 @@ def test_candidates_go_on_in_turns_over_their_rates() -> None:
     ran = [(arm, Record(arm=arm, seed=0, numbers={"validation_loss": float(n)})) for n, arm in enumerate(arms)]
     ran.insert(1, (Arm(name="lost"), Record(arm=Arm(name="lost"), seed=0, status=DIVERGED)))
     assert [arm.name for arm in survivors(setup, ran)] == ["0", "3", "4", "1", "2"]
+
+
+@pytest.mark.parametrize("most", [{"seeds": 1001}, {"seeds_max": 1001}])
+def test_more_seeds_than_a_folder_can_hold_are_refused_before_the_work(most: dict[str, int]) -> None:
+    with pytest.raises(ConfigError) as error:
+        catalog.setup("rank", StudyOptions(**most))
+    assert (error.value.code, error.value.field) == ("wrong_value", "seeds")
+    assert catalog.setup("rank", StudyOptions(seeds=1000)).seeds == 1000

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from loralab.studies import contrast
-from loralab.studies.contrast import Contrast, Ranking, Sample, rank_arms, verdict_of
+from loralab.studies.contrast import Contrast, Ranking, Sample, around, rank_arms, verdict_of
 from loralab.studies.statistics import difference
 
 ROUNDS, ROWS, MARGIN = 60, 200, 0.01
@@ -187,4 +187,4 @@ def test_a_contrast_turns_with_its_arms() -> None:
     ],
 )
 def test_equivalence_is_asked_first(estimate: float, half: float, inner: float, verdict: str) -> None:
-    assert verdict_of(estimate, half, inner, 0.01) == verdict
+    assert verdict_of(around(estimate, half), around(estimate, inner), 0.01) == verdict

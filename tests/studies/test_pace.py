@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from loralab.studies.pace import Pace
+from loralab.studies.runner import Pace
 from loralab.studies.study import Arm, StudySetup, Trial
 from loralab.studies.trained import MEASURE, SEARCH
 

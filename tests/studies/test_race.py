@@ -2,7 +2,7 @@
 
 import random
 
-from loralab.studies.race import contenders
+from loralab.studies.search import contenders
 from loralab.studies.study import Arm, Record, StudySetup
 
 SETUP = StudySetup(study="rank", model="m", data="d", seeds=3, seeds_max=10)

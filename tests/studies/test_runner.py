@@ -33,6 +33,7 @@ precision = "fp32"
 fixed_lr = true
 test_rows = 20
 seeds = 2
+seeds_max = 2
 method = "lora"
 rank = [2, 4]
 """

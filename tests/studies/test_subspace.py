@@ -26,9 +26,9 @@ def task(tmp_path: Path) -> Task:
 
 
 @pytest.fixture
-def base(tiny_bert_folder: Path, task: Task) -> Base:
+def base(deep_bert_folder: Path, task: Task) -> Base:
     """Return a tiny encoder with a new head."""
-    return load_base(str(tiny_bert_folder), task, "fp32", 0)
+    return load_base(str(deep_bert_folder), task, "fp32", 0)
 
 
 def of(base: Base, size: int, variant: str) -> Subspace:

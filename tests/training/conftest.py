@@ -21,6 +21,12 @@ WORDS = ["good", "bad", "fine", "poor", "great", "awful"]
 
 
 @pytest.fixture(scope="session")
+def tiny_llama_folder(flat_llama_folder: Path) -> Path:
+    """Return the Llama of one layer."""
+    return flat_llama_folder
+
+
+@pytest.fixture(scope="session")
 def sums(sums_file: Path) -> Path:
     """Write prompt-completion rows of unequal length."""
     return sums_file

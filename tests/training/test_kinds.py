@@ -53,7 +53,7 @@ def encoder(save_tiny: Any) -> Path:
     config = BertConfig(
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         vocab_size=101,
         max_position_embeddings=64,
@@ -66,7 +66,7 @@ def encoder(save_tiny: Any) -> Path:
 def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=28, patch_size=14
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, mlp_ratio=2, image_size=28, patch_size=14
     )
     folder = tmp_path_factory.mktemp("vision")
     Dinov2Model(config).save_pretrained(folder)

@@ -37,7 +37,7 @@ Rows = Callable[[str, Sequence[Row]], Path]
 @pytest.fixture(scope="module")
 def encoder(save_tiny: Any) -> Path:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     found: Path = save_tiny("bert-answers", BertModel(BertConfig(vocab_size=101, **sizes)), False)
     return found
 

@@ -1,6 +1,7 @@
 """Adapters that are trained together end where each would end alone."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from loralab.training.settings import Training
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "vocab_size": 101,
 }
@@ -97,7 +98,8 @@ def note_of(run: Run) -> str:
     return (run.output_dir / "train.log").read_text()
 
 
-def test_each_ends_where_it_ends_alone(job: Made, tmp_path: Path) -> None:
+def test_each_ends_where_it_ends_alone(job: Made, deep_llama_folder: Path, tmp_path: Path) -> None:
+    job = functools.partial(job, model=str(deep_llama_folder))
     jobs = [
         job("plain", learning_rate=0.01),
         job("short", max_steps=3, batch_size=2, seed=5),
@@ -172,7 +174,7 @@ def of_kind(tmp_path: Path, save_tiny: Any, tiny_gpt2_folder: Path, sums: Path) 
 def _vision(place: Path) -> Path:
     torch.manual_seed(0)
     config = Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, mlp_ratio=2, image_size=28, patch_size=14
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, mlp_ratio=2, image_size=28, patch_size=14
     )
     Dinov2Model(config).save_pretrained(place / "vision")
     return place / "vision"

@@ -114,7 +114,7 @@ def plans(places: Sequence[Path], model: Path, data: Path, sizes: Sequence[int],
     ]
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_the_doubled_batch(deep_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
     """Try it plain, with the base split, with several jobs; and end in one what two began."""
     runs: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -129,22 +129,22 @@ def test_two_processes_equal_one_with_the_doubled_batch(tiny_llama_folder: Path,
     two: Plan = []
     one: Plan = []
     for name, more in runs.items():
-        two += plans([tmp_path / f"{name}-2"], tiny_llama_folder, sums, [3], **more)
+        two += plans([tmp_path / f"{name}-2"], deep_llama_folder, sums, [3], **more)
         own = few_bits if name == "packed" else {}
-        one += plans([tmp_path / f"{name}-1"], tiny_llama_folder, sums, [6], **own)
-    one += plans([tmp_path / "stopped-2"], tiny_llama_folder, sums, [3], resume=True)
+        one += plans([tmp_path / f"{name}-1"], deep_llama_folder, sums, [6], **own)
+    one += plans([tmp_path / "stopped-2"], deep_llama_folder, sums, [3], resume=True)
     for count, plan, size in ((2, two, 3), (1, one, 6)):
         for kind in ("job", "split-job"):
             places = [tmp_path / f"{kind}-{n}-{count}" for n in range(2)]
             more = {"shard_base": kind == "split-job" and count == 2}
-            jobs = plans(places, tiny_llama_folder, sums, [size, size + size], **more)
+            jobs = plans(places, deep_llama_folder, sums, [size, size + size], **more)
             if kind == "split-job":  # one that cannot share a batch, and comes after them
                 place = [tmp_path / f"{kind}-2-{count}"]
-                jobs += plans(place, tiny_llama_folder, sums, [size], **more, variant="pissa")
+                jobs += plans(place, deep_llama_folder, sums, [size], **more, variant="pissa")
             plan.append({"many": jobs, "most_whole": int(more["shard_base"])})
     dropping = {"options": {"dropout": 0.2}}
     for name, more in (("whole", {}), ("again", {"stop_at": 3}), ("again", {"resume": True})):
-        two += plans([tmp_path / name], tiny_llama_folder, sums, [3], **dropping, **more)
+        two += plans([tmp_path / name], deep_llama_folder, sums, [3], **dropping, **more)
     in_processes(2, two, tmp_path)
     one_process(one, tmp_path)
     # as many processes as before go on with their own random numbers
@@ -202,15 +202,15 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", [False, True])
-def test_every_method_in_two_processes(split: bool, tiny_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
+def test_every_method_in_two_processes(split: bool, deep_llama_folder: Path, sums: Path, tmp_path: Path) -> None:
     two, one = [], []
     variants = [name for name in VARIANTS if name != "bitfit"]  # a Llama has no biases
     for variant in variants:
         options = {"total_steps": 6, "initial_steps": 1, "final_steps": 2} if variant == "adalora" else {}
         more = {"variant": variant, "options": options, "save_every": 100}
         own = {**more, "shard_base": split}
-        two += plans([tmp_path / f"{variant}-2"], tiny_llama_folder, sums, [3], **own)
-        one += plans([tmp_path / f"{variant}-1"], tiny_llama_folder, sums, [6], **more)
+        two += plans([tmp_path / f"{variant}-2"], deep_llama_folder, sums, [3], **own)
+        one += plans([tmp_path / f"{variant}-1"], deep_llama_folder, sums, [6], **more)
     by_torchrun(2, two, tmp_path)
     one_process(one, tmp_path)
     for variant in variants:

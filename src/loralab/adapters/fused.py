@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from loralab.adapters.bases import compute_dtype, is_conv1d, is_quantized
 from loralab.adapters.eager import is_batch, is_hooked, is_plain_tensor
-from loralab.adapters.skinny import down, outer, up
+from loralab.adapters.skinny import as_read, down, outer, up
 
 
 class BaseWithUpdate(NamedTuple):
@@ -64,7 +64,8 @@ def linears_with_updates(x: Tensor, layers: Sequence[BaseWithUpdate], mask: Tens
 
 def layout_of(base: Any, scaling: float = 1.0) -> Layout:
     """Return the layout of a base layer and its update."""
-    return Layout(scaling, is_conv1d(base), base.dequantize if is_quantized(base) else None)
+    unpack = getattr(base, "unpacked", base.dequantize) if is_quantized(base) else None
+    return Layout(scaling, is_conv1d(base), unpack)
 
 
 def can_fuse(base: Any, x: Tensor) -> bool:
@@ -98,14 +99,15 @@ class _LinearsWithUpdates(torch.autograd.Function):
         ctx.even = even = all(layout.scaling == scale for layout in layouts)
         ctx.scale = scale = scale if even else 1.0
         A = _joined([A if even else A * s.scaling for A, s in zip(As, layouts, strict=True)])
+        A, *rounded = (as_read(M, x) for M in (A, *Bs))  # once for both passes
         low = down([flat_rows(x if mask is None else x * mask)], [A], scale)  # (N, R of all)
         outputs, start = [], 0
-        for layout, weight, bias, B in zip(layouts, weights, biases, Bs, strict=True):
+        for layout, weight, bias, B in zip(layouts, weights, biases, rounded, strict=True):
             y = base_output(x, weight, bias, layout)
             up(flat_rows(y), low, B.T, start)
             start += B.shape[1]
             outputs.append(y)
-        ctx.save_for_backward(x, mask, A, low, *weights, *As, *Bs)
+        ctx.save_for_backward(x, mask, A, low, *weights, *As, *Bs, *rounded)
         ctx.layouts = layouts
         return tuple(outputs)
 
@@ -114,11 +116,11 @@ class _LinearsWithUpdates(torch.autograd.Function):
         x, mask, A, low, *rest = ctx.saved_tensors
         layouts, needed = ctx.layouts, ctx.needs_input_grad
         count = len(layouts)
-        weights, As, Bs = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        weights, As, Bs, rounded = (rest[i * count : (i + 1) * count] for i in range(4))
         flat = [flat_rows(dy).contiguous() for dy in dys]
         if is_followed(dys):
             return _followed_gradients(x, mask, flat, weights, As, Bs, layouts)
-        G = down(flat, [B.T for B in Bs], ctx.scale)
+        G = down(flat, [B.T for B in rounded], ctx.scale)
         dropped = flat_rows(x if mask is None else x * mask) if any(needed[5::4]) else None
         gradients: list[Tensor | None] = []
         start = 0

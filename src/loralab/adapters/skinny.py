@@ -22,7 +22,7 @@ def down(xs: Sequence[Tensor], matrices: Sequence[Tensor], scale: float) -> Tens
     pairs = list(zip(xs, matrices, strict=True))
     native = [_native(x, M.shape[0], M.dtype) for x, M in pairs]
     if not all(native):
-        products = [x @ (scale * M).to(x.dtype).T for x, M in pairs]
+        products = [torch.addmm(x.new_zeros(()), x, M.to(x.dtype).T, beta=0, alpha=scale) for x, M in pairs]
         return products[0] if len(products) == 1 else torch.cat(products, 1)
     low = xs[0].new_empty(xs[0].shape[0], sum(M.shape[0] for M in matrices))
     start = 0
@@ -31,6 +31,11 @@ def down(xs: Sequence[Tensor], matrices: Sequence[Tensor], scale: float) -> Tens
         found.skinny_gemm("low_down", x, M, low, start, scale)
         start += M.shape[0]
     return low
+
+
+def as_read(M: Tensor, x: Tensor) -> Tensor:
+    """Return a small matrix as products with x (..., W) read it: as it is by compiled functions, else as x is."""
+    return M if kernels_for(x) is not None and M.dtype == torch.float32 else M.to(x.dtype)
 
 
 def up(y: Tensor, low: Tensor, M: Tensor, start: int = 0) -> None:

@@ -6,6 +6,7 @@ Social Media Text" (ICWSM). Every text has the mean of its ratings, and the rati
 """
 
 import ast
+import gzip
 import hashlib
 import io
 import shlex
@@ -60,7 +61,7 @@ def load(task: str, path: Path) -> DataTable:
     Raises:
         DataError: the archive cannot be read, or is another one.
     """
-    data = _checked_bytes(task, path)
+    data = gzip.decompress(zipfile.ZipFile(io.BytesIO(_checked_bytes(task, path))).read(INNER))
     source = task.removesuffix(STRENGTH)
     if task == ORIGIN:
         rows = _origins(data)
@@ -117,9 +118,8 @@ def _spreads(data: bytes, source: str) -> dict[str, float]:
 
 
 def _lines(data: bytes, source: str, kind: str) -> list[list[str]]:
-    """Return the columns of a file in the archive inside the archive."""
-    inner = zipfile.ZipFile(io.BytesIO(data)).read(INNER)
-    with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
+    """Return the columns of a file in the inner archive."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         member = tar.extractfile(f"hutto_ICWSM_2014/{SOURCES[source][0]}_{kind}.txt")
         assert member is not None  # the archive's digest has been checked
         return [line.split("\t") for line in member.read().decode("latin-1").splitlines()]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.initialization import no_init_weights
 
 from loralab.errors import ModelError, join_limited
 from loralab.models.kinds import class_named
@@ -51,7 +52,7 @@ def _own_keys(model: Any) -> Set[str]:
     """
     saved = getattr(transformers, class_named(model.config), None)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             built = saved._from_config(copy.deepcopy(model.config))  # type: ignore[union-attr]
         return {_bare(built, key) for key in built.state_dict()}
     except Exception:  # no class of transformers, or none for this configuration

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.initialization import no_init_weights
 
 from loralab.errors import ModelError, format_value
 from loralab.values import memory_bytes, read_json
@@ -92,13 +93,14 @@ def require_plausible(name: str, weights: int, build: Callable[[], Any]) -> None
 
     Args:
         weights: bytes of the files.
-        build: makes the model; called on the meta device, where nothing has a size.
+        build: makes the model; called on the meta device, where nothing has a size or needs a start.
 
     Raises:
         ModelError: the model is too large for them.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         model = build()
+        model.tie_weights()
     size = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if size > PER_BYTE * weights + SPARE:
         raise ModelError(

@@ -70,7 +70,11 @@ class QuantizedLinear(nn.Linear):
 
     def dequantize(self) -> Tensor:
         """Return the weight, (O, I), in fp32."""
-        return self.packed.dequantize().float()
+        return self.unpacked().float()
+
+    def unpacked(self) -> Tensor:
+        """Return the weight, (O, I), in the dtype that it had before it was packed; fp32 of GGUF blocks."""
+        return self.packed.dequantize()
 
     @property
     def bits_per_weight(self) -> float:
@@ -98,12 +102,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.packed.dequantize().to(x.dtype))
+        return F.linear(x, layer.unpacked().to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ ctx.layer.packed.dequantize().to(dy.dtype), None
+        return dy @ ctx.layer.unpacked().to(dy.dtype), None
 
 
 class NF4:
@@ -174,7 +178,7 @@ def dequantize(model: nn.Module) -> int:
     packed = [(n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
     for path, layer in packed:
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        weight = layer.dequantize().to(layer.compute_dtype)
+        weight = layer.unpacked().to(layer.compute_dtype)
         plain.weight = nn.Parameter(weight, requires_grad=False)
         plain.bias = layer.bias
         _put(model, path, plain)

@@ -17,7 +17,7 @@ from loralab.studies.fields import configured
 from loralab.studies.message import Message, sentences
 from loralab.studies.ranking import FLOOR, ranked
 from loralab.studies.section import Section
-from loralab.studies.study import Record
+from loralab.studies.study import Record, StudySetup
 
 RATE = "learning_rate"
 
@@ -35,15 +35,13 @@ class Advice:
         search: the command that trains configurations beside the default.
     """
 
-    model: str
-    data: str
+    setup: StudySetup
     sentence: Message | None
     is_decided: bool
     decide: str
     command: str
     candidates: Sequence[tuple[str, str, str, Message]]
     search: str
-    quick: bool
 
     @property
     def verdict(self) -> str:
@@ -54,7 +52,7 @@ class Advice:
     def title(self) -> Message:
         """Return the heading."""
         titles = {"decided": "page.recommended", "undecided": "page.not_decided", "": "page.none_recommended"}
-        return Message(titles[self.verdict], model=self.model, data=self.data)
+        return Message(titles[self.verdict], model=self.setup.model, data=self.setup.data)
 
 
 def grouped(sections: Sequence[Section]) -> list[list[Section]]:
@@ -74,15 +72,13 @@ def advised(group: Sequence[Section]) -> Advice:
     if runs and runs[0].rate:
         fields[RATE] = runs[0].rate
     return Advice(
-        model=setup.model,
-        data=setup.data,
+        setup=setup,
         sentence=None if found is None else _sentence(found, chosen),
         is_decided=found is None or chosen is None or found.ranking.is_sure(chosen),
         decide=next((each.decide for each in group if each.decide), ""),
         command=apply_command(setup, fields, runs),
         candidates=_candidates(group, fields),
         search=search_command(setup),
-        quick=setup.quick,
     )
 
 
@@ -162,15 +158,11 @@ def _sentence(found: Comparison, chosen: str | None) -> Message:
     if default is None:
         return sentences(whole, Message("page.no_default"))
     if chosen == default:
-        return sentences(whole, Message("page.default_stands"), *_against_default(found, chosen))
+        rival = ranking.recommended  # risks less than the default, though that is not shown
+        risk_less = None if rival is None or rival == default else found.claim(rival, default).sentence
+        return sentences(whole, Message("page.default_stands"), risk_less)
     beside = Message("page.default", arm=default, score=found.metric.scored(found.arms[default]))
     return sentences(whole, beside, found.claim(chosen, default).sentence)
-
-
-def _against_default(found: Comparison, default: str) -> list[Message]:
-    """Say which arm risks less than the default, though that is not shown."""
-    rival = found.ranking.recommended
-    return [] if rival is None or rival == default else [found.claim(rival, default).sentence]
 
 
 def _candidates(group: Sequence[Section], fields: Mapping[str, Any]) -> list[tuple[str, str, str, Message]]:

@@ -14,7 +14,6 @@ from loralab.training.settings import Training
 
 NEEDED = ("scipy", "altair", "vl_convert", "jinja2")
 SEEDS_MAX = 10
-BATCH_SIZE = Training().batch_size
 RECOMMEND = "recommend"  # a search, not one of the questions
 ENCODER, WRITER, VISION = "minilm-l6", "smollm2-135m", "dinov2-s"
 # times the method's usual rate: short runs want higher ones
@@ -77,8 +76,7 @@ def require_installed() -> None:
     Raises:
         ConfigError: one is.
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"studies need {', '.join(missing)}: pip install 'loralab[study]'")
 
 
@@ -89,10 +87,8 @@ def question(name: str) -> Question:
         ConfigError: there is no such study.
     """
     if name not in STUDIES:
-        raise ConfigError(
-            f"there is no study {name!r}{nearest(name, [*STUDIES, 'all'])} Studies: "
-            f"{', '.join(STUDIES)}, all; or a .toml file of your own"
-        )
+        known = f"Studies: {', '.join(STUDIES)}, all; or a .toml file of your own"
+        raise ConfigError(f"there is no study {name!r}{nearest(name, [*STUDIES, 'all'])} {known}")
     return STUDIES[name]
 
 
@@ -110,13 +106,17 @@ def search_setup(asked: StudyOptions, mapping: Mapping[str, str] | None = None) 
 
     Steps are 0 where they are not asked for: as many as the run takes.
     """
-    found = setup("rank", asked, mapping)
-    own = {"max_steps": asked.steps or 0, "batch_size": asked.batch_size or BATCH_SIZE}
-    rows = {name: count for name, count in found.rows.items() if name != "train"}
-    seeds, most = asked.seeds or 1, asked.seeds_max or SEEDS_MAX
-    fields = {**found.fields, **own}
+    found, seeds = setup("rank", asked, mapping), asked.seeds or 1
+    steps, batch = asked.steps or 0, asked.batch_size or Training().batch_size
     return replace(
-        found, study=RECOMMEND, fields=fields, rows=rows, seeds=seeds, seeds_max=max(seeds, most), rates=(), values=()
+        found,
+        study=RECOMMEND,
+        fields={**found.fields, "max_steps": steps, "batch_size": batch},
+        rows={name: count for name, count in found.rows.items() if name != "train"},
+        seeds=seeds,
+        seeds_max=max(seeds, asked.seeds_max or SEEDS_MAX),
+        rates=(),
+        values=(),
     )
 
 
@@ -132,10 +132,7 @@ def setup(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None = No
     steps, rows = asked.steps or own.steps[at], asked.test_rows or own.rows[at]
     batch = asked.batch_size or own.batch_size
     fields = {"max_steps": steps, "batch_size": batch, "precision": asked.precision, **own.fields}
-    if asked.max_length is not None:
-        fields["max_length"] = asked.max_length
-    if asked.learning_rate is not None:
-        fields["learning_rate"] = asked.learning_rate
+    fields |= {k: v for k in ("max_length", "learning_rate") if (v := getattr(asked, k)) is not None}
     return StudySetup(
         study=name,
         model=asked.model or own.model,

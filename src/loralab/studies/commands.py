@@ -105,18 +105,13 @@ def apply_command(setup: StudySetup, advice: Mapping[str, Any], own: Sequence[Re
 
 def rate_for(advice: Mapping[str, Any], own: Sequence[Record]) -> float | None:
     """Return the learning rate of the measured arm that is nearest to the advised fields."""
-    rated = [r for r in own if r.rate and r.arm.fields.get("method", "lora") == advice.get("method", "lora")]
-    return nearest_to(advice, rated).rate if rated else None
 
-
-def nearest_to(advice: Mapping[str, Any], own: Sequence[Record]) -> Record:
-    """Return the record whose arm has most of the advised fields, and the fewest others."""
-
-    def alike(record: Record) -> tuple[int, int]:
+    def alike(record: Record) -> tuple[int, int]:  # most of the advised fields, and the fewest others
         fields = record.arm.fields
         return sum(fields.get(k) == v for k, v in advice.items()), -len(fields)
 
-    return max(own, key=alike)
+    rated = [r for r in own if r.rate and r.arm.fields.get("method", "lora") == advice.get("method", "lora")]
+    return max(rated, key=alike).rate if rated else None
 
 
 def flat(value: Any) -> str:

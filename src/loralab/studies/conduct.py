@@ -16,12 +16,13 @@ from loralab.studies.cluster import open_cluster
 from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.objects import FOLDER, Objects
 from loralab.studies.runner import Listener, Session, session
-from loralab.studies.study import DONE, FAILED, Answer, Arm, StudyOptions, StudySetup, Trial, parse_seconds
+from loralab.studies.study import DONE, FAILED, Answer, Arm, StudyOptions, StudySetup, Trial
 from loralab.studies.trained import BASE_ARM, PROBE, PROBE_ROWS, rows_of
 from loralab.studies.wording import say
 from loralab.training.preflight import write_config
 from loralab.training.request import Request
 from loralab.training.settings import Training
+from loralab.values import parse_seconds
 
 ALL = "all"
 LEAST_ROWS = 50  # that are scored, however slow that is
@@ -136,7 +137,7 @@ def recommend(
         budget: time to spend, such as "20m": decides how many configurations are tried, and for
             how many steps.
         asked: steps, batch_size, seeds, precision and the like, where they shall be others.
-        ray: as in `study`; Optuna then proposes the candidates, through Ray Tune.
+        ray: as in `study`; Optuna then proposes the candidates.
 
     Raises:
         InputError: the model, the data or a setting is wrong.
@@ -181,9 +182,8 @@ def _sized(own: Session, setup: StudySetup, budget: float, started: float) -> St
     """
     from loralab.studies.halving import ETA, ROUNDS, plan_for
 
-    held = store.plans(own.folder) if (own.folder / store.STUDY).is_file() else {}
-    if catalog.RECOMMEND in held:
-        return held[catalog.RECOMMEND][0]
+    if (held := store.held(own.folder, catalog.RECOMMEND)) is not None:
+        return held[0]
     steps = int(setup.fields["max_steps"]) or _steps_of_a_run(setup)
     setup = replace(setup, fields={**setup.fields, "max_steps": steps})
     few = max(4, min(20, steps // ETA ** (ROUNDS - 1)))
@@ -211,8 +211,7 @@ def _sized(own: Session, setup: StudySetup, budget: float, started: float) -> St
 
 def _steps_of_a_run(setup: StudySetup) -> int:
     """Return how many steps `loralab train` takes on these rows."""
-    batch, rows = int(setup.fields["batch_size"]), len(rows_of(setup).splits["train"])
-    return Training().epochs * math.ceil(rows / batch)
+    return Training().epochs * math.ceil(len(rows_of(setup).splits["train"]) / int(setup.fields["batch_size"]))
 
 
 def _write_config(folder: Path, setup: StudySetup, advice: Mapping[str, Any], asked: StudyOptions) -> None:
@@ -250,8 +249,7 @@ def _prepared(
 def _work(name: str, asked: StudyOptions, mapping: Mapping[str, str] | None) -> list[Work]:
     if name.endswith(".toml"):
         return [_own(Path(name), asked, mapping)]
-    names = list(catalog.STUDIES) if name == ALL else [name]
-    return [(catalog.setup(one, asked, mapping), None) for one in names]
+    return [(catalog.setup(one, asked, mapping), None) for one in (catalog.STUDIES if name == ALL else [name])]
 
 
 def _own(file: Path, asked: StudyOptions, mapping: Mapping[str, str] | None) -> Work:
@@ -265,25 +263,20 @@ def _own(file: Path, asked: StudyOptions, mapping: Mapping[str, str] | None) -> 
     compared = {k: v for k, v in content.items() if isinstance(v, list) and k in known()}
     if not compared:
         raise ConfigError(f"{file} compares nothing: give at least one field of train as a list", code="few_arms")
-    given = {f.name: getattr(asked, f.name) for f in fields(StudyOptions)}
     own = {k: v for k, v in content.items() if k in settings and k not in compared}
     rate = own.pop("learning_rate", None)
-    typed = {k: v for k, v in given.items() if v != getattr(StudyOptions(), k)}
+    typed = {k: v for k, v in vars(asked).items() if v != getattr(StudyOptions(), k)}
     setup = catalog.setup("rank", StudyOptions(**{**own, **typed}), content.get("map", mapping))
     shared = {k: v for k, v in content.items() if k in known() - settings and k not in compared}
     if rate is not None:
         shared["learning_rate"] = rate
     if "model" not in content and asked.model is None:
         raise ConfigError(f"{file} names no model; add one, or give --model", code="missing", field="model")
-    arms = [_arm(shared, dict(zip(compared, row, strict=True))) for row in itertools.product(*compared.values())]
+    rows = [dict(zip(compared, row, strict=True)) for row in itertools.product(*compared.values())]
+    arms = [Arm(name=", ".join(f"{k}={_shown(v)}" for k, v in row.items()), fields={**shared, **row}) for row in rows]
     if len(arms) < 2:
         raise ConfigError(f"{file} has one arm; give a list of at least two values", code="few_arms")
     return replace(setup, study=file.stem, values=()), [BASE_ARM, *arms]
-
-
-def _arm(shared: Mapping[str, Any], row: Mapping[str, Any]) -> Arm:
-    name = ", ".join(f"{key}={_shown(value)}" for key, value in row.items())
-    return Arm(name=name, fields={**shared, **row})
 
 
 def _shown(value: Any) -> str:
@@ -294,10 +287,9 @@ def _require_place(folder: Path, *, resume: bool) -> None:
     """Require a new folder, or with `resume` one that holds a study."""
     if (folder / store.STUDY).is_file():
         if not resume:
-            raise OutputError(
-                f"{folder} holds a study; go on with --resume, show it with loralab report "
-                f"{shlex.quote(str(folder))}, or choose another --output-dir"
-            )
+            show = f"loralab report {shlex.quote(str(folder))}"
+            hint = f"go on with --resume, show it with {show}, or choose another --output-dir"
+            raise OutputError(f"{folder} holds a study; {hint}")
         return
     partial = store.STUDY + atomic.PARTIAL
     left = {store.LOCK, store.LOG, store.RUNS, FOLDER, partial}  # by a killed one

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
 Floats = NDArray[np.float64]
+Interval = tuple[float, float]  # its lower and its upper end
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
 
 DRAWS = 20_000
@@ -43,16 +44,16 @@ class Contrast:
         of_seeds, of_rows: the standard errors that the two samples contribute.
     """
 
-    a: str
-    b: str
+    a: str = ""
+    b: str = ""
     estimate: float
     low: float
     high: float
     verdict: Verdict
-    seeds: int
+    seeds: int = 1
     rows: int
-    of_seeds: float
-    of_rows: float
+    of_seeds: float = 0.0
+    of_rows: float = 0.0
 
     @property
     def holds(self) -> bool:
@@ -181,7 +182,8 @@ def rank_arms(arms: Mapping[str, Sample], *, margin: float, costs: Mapping[str, 
     able = sorted((name for name in names if name in costs), key=lambda name: costs[name])
     if not able:
         raise ValueError("no arm can be recommended")
-    loss = _losses(draws[:, [names.index(name) for name in able]])
+    own = draws[:, [names.index(name) for name in able]]
+    loss = own.max(axis=1, keepdims=True) - own  # to the best of its draw
     good = dict(zip(able, (loss <= margin).mean(axis=0).tolist(), strict=True))
     regret = dict(zip(able, np.maximum(0, loss - margin).mean(axis=0).tolist(), strict=True))
     best = dict(zip(able, (np.bincount(loss.argmin(axis=1), minlength=len(able)) / DRAWS).tolist(), strict=True))
@@ -307,17 +309,18 @@ def _contrasts(
             worst = np.maximum(worst, off / halves[-1][0])
     factor = max(1.0, float(np.quantile(worst, CONFIDENCE)))  # simultaneous, each pair on its own scale
     found = []
-    for (i, j), (half, inner) in zip(pairs, halves, strict=True):
+    for (i, j), (one, inner) in zip(pairs, halves, strict=True):
         a, b = arms[names[i]], arms[names[j]]
         estimate = float(means[i] - means[j])
+        low, high = around(estimate, factor * float(one))
         found.append(
             Contrast(
                 a=names[i],
                 b=names[j],
                 estimate=estimate,
-                low=estimate - factor * float(half),
-                high=estimate + factor * float(half),
-                verdict=verdict_of(estimate, factor * float(half), float(inner), margin),
+                low=low,
+                high=high,
+                verdict=verdict_of((low, high), around(estimate, float(inner)), margin),
                 seeds=min(arm.seeds for arm in (a, b) if not arm.fixed or a.fixed == b.fixed),
                 rows=a.scores.shape[1],
                 of_seeds=math.sqrt(seeds[i] + seeds[j]),
@@ -327,23 +330,23 @@ def _contrasts(
     return found, float(np.quantile(worst, 2 * SURE - 1)) / factor
 
 
-def verdict_of(estimate: float, half: float, inner: float, margin: float) -> Verdict:
+def around(estimate: float, half: float) -> Interval:
+    """Return the interval of an estimate, from half its width."""
+    return estimate - half, estimate + half
+
+
+def verdict_of(interval: Interval, inner: Interval, margin: float) -> Verdict:
     """Return the verdict on a difference.
 
     Args:
-        half: of the simultaneous interval.
-        inner: of the interval that both one-sided tests use.
+        interval: the simultaneous one.
+        inner: the one that both one-sided tests use.
     """
-    if abs(estimate) + inner <= margin:
+    if -margin <= inner[0] and inner[1] <= margin:
         return "equivalent"
-    if abs(estimate) > half:
-        return "better" if estimate > 0 else "worse"
+    if interval[0] > 0 or interval[1] < 0:
+        return "better" if interval[0] > 0 else "worse"
     return "undecided"
-
-
-def _losses(draws: Floats) -> Floats:
-    """Return what each arm lacks to the best of its draw."""
-    return np.asarray(draws.max(axis=1, keepdims=True) - draws)
 
 
 def _own(draws: Floats, mean: float) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loralab.studies.contrast import Contrast, Sample, half_width
-from loralab.studies.message import Column, Message, Table
+from loralab.studies.message import Column, Message, Table, columns
 from loralab.studies.study import DONE, EDGE, FALLING, Arm, Finding, Record, StudySetup
 from loralab.studies.wording import catalogue
 
@@ -139,14 +139,8 @@ def _called(arm: str) -> Message | str:
 
 def finding(sentence: Message, found: Contrast) -> Finding:
     """Return a sentence with the contrast that it says."""
-    return Finding(
-        sentence=sentence,
-        holds=found.holds,
-        verdict=found.verdict,
-        effect=found.estimate,
-        low=found.low,
-        high=found.high,
-    )
+    numbers = {"effect": found.estimate, "low": found.low, "high": found.high}
+    return Finding(sentence=sentence, holds=found.holds, verdict=found.verdict, **numbers)
 
 
 def _needed(found: Contrast) -> Message:
@@ -201,8 +195,8 @@ def parameters(records: Sequence[Record]) -> float:
     return found if math.isfinite(found) else 0.0
 
 
-COSTS = (Column("step_seconds", "seconds"), Column("peak_bytes", "bytes"), Column("file_bytes", "bytes"))
-LOSSES = (Column("train_loss", "plain"), Column("validation_loss", "plain"), Column("gap", "plain"))
+COSTS = columns("step_seconds:seconds", "peak_bytes:bytes", "file_bytes:bytes")
+LOSSES = columns("train_loss:plain", "validation_loss:plain", "gap:plain")
 
 
 def score_column(metric: Metric) -> Column:
@@ -224,17 +218,9 @@ def scores_table(arms: Mapping[str, Sequence[Record]], metric: Metric) -> Table:
         }
         for name, own in arms.items()
     ]
-    columns = [
-        Column("arm"),
-        Column("adapter_parameters", "count"),
-        score_column(metric),
-        *LOSSES,
-        Column("rate"),
-        *COSTS,
-    ]
-    if any(row["forgetting"] is not None for row in rows):
-        columns.insert(3, Column("forgetting"))
-    return Table(title=Message("table.scores"), columns=columns, rows=rows)
+    forgetting = ["forgetting"] if any(row["forgetting"] is not None for row in rows) else []
+    shown = columns("arm", "adapter_parameters:count", score_column(metric), *forgetting, *LOSSES, "rate", *COSTS)
+    return Table(title=Message("table.scores"), columns=shown, rows=rows)
 
 
 def forgetting_of(records: Sequence[Record]) -> Message | None:

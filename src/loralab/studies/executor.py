@@ -187,7 +187,6 @@ def _end_with_parent() -> None:
 
 
 def _measure(tell: Tell, trial: Trial, place: Path) -> None:
-    """Measure a trial and write its record."""
     from loralab.studies.trained import measured
 
     started = time.perf_counter()

@@ -128,13 +128,7 @@ def scatter(rows: Rows, *, x: str, y: str, log_x: bool = False, percent: bool = 
     return alt.layer(base.mark_point(filled=True, size=80, opacity=1), names)
 
 
-KINDS: Mapping[str, Callable[..., Any]] = {
-    "intervals": intervals,
-    "lines": lines,
-    "bars": bars,
-    "heat": heat,
-    "scatter": scatter,
-}
+KINDS: Mapping[str, Callable[..., Any]] = {kind.__name__: kind for kind in (intervals, lines, bars, heat, scatter)}
 
 
 def _data(rows: Rows) -> alt.InlineData:
@@ -160,12 +154,10 @@ def _value(channel: Any, text: str, percent: bool, *, log: bool = False, zero: b
 
 
 def _tip(columns: Sequence[str]) -> list[Any]:
-    """Return the contents of a tooltip."""
     return ["arm:N", *(alt.Tooltip(f"{column}:Q", format=".4g") for column in columns)]
 
 
 def _across(level: float | None, *, upright: bool = False) -> list[alt.Chart]:
-    """Draw a dashed line across the chart."""
     if level is None:
         return []
     rule = alt.Chart(alt.InlineData(values=[{"level": level}])).mark_rule(strokeDash=[6, 4], opacity=0.7)

@@ -12,10 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from loralab.studies.evidence import by_arm, metric_of
-from loralab.studies.race import possible_best
 from loralab.studies.ranking import ranked
 from loralab.studies.rates import loss_of, rounded, usual, with_rate
-from loralab.studies.search import Each, Obtain, in_turn, seeded, shortened
+from loralab.studies.search import Each, Obtain, in_turn, possible_best, seeded, shortened
 from loralab.studies.study import Arm, Record, StudySetup, Trial
 from loralab.studies.trained import BASE, BASE_ARM, MEASURE, SEARCH
 
@@ -45,9 +44,10 @@ def with_factor(setup: StudySetup, shape: Arm, factor: float) -> Arm:
     return replace(with_rate(shape, rate), name=f"{shape.name}, {rate:.1e}")
 
 
-def first_round(setup: StudySetup, arm: Arm) -> Trial:
-    """Return what every candidate runs first."""
-    return _short(setup, arm, 0)
+def short_run(setup: StudySetup, arm: Arm, number: int = 0) -> Trial:
+    """Return a candidate's run of a round; the first one is number 0."""
+    steps = max(2, int(setup.fields["max_steps"]) // ETA ** (ROUNDS - 1 - number))
+    return Trial(measure=SEARCH, setup=setup, arm=shortened(arm, steps), seed=0)
 
 
 def plan_for(seconds_per_step: float, overheads: tuple[float, float], budget: float, steps: int) -> tuple[int, int]:
@@ -86,7 +86,7 @@ def walk(setup: StudySetup, candidates: Sequence[Arm], obtain: Obtain, each: Eac
         whole(arm, 0)
     found: list[Record] = []
     for number in range(ROUNDS - 1):
-        ran = list(zip(left, each(obtain, [_short(setup, arm, number) for arm in left]), strict=True))
+        ran = list(zip(left, each(obtain, [short_run(setup, arm, number) for arm in left]), strict=True))
         found += [replace(own, arm=arm, numbers={**own.numbers, "round": number + 1}) for arm, own in ran]
         keep = max(1, len(left) // ETA) if number < ROUNDS - 2 else FINALISTS
         left = survivors(setup, ran)[:keep]
@@ -116,16 +116,8 @@ def finalists(records: Sequence[Record]) -> list[str]:
 
 def on_validation(records: Sequence[Record]) -> list[Record]:
     """Return the records with their scores on validation rows in place of those on test rows."""
+    known = [r for r in records if r.items.get("validation") and "validation_score" in r.numbers]
+    scores = [{**r.numbers, "score": r.numbers["validation_score"]} for r in known]
     return [
-        replace(
-            r, items={"score": r.items["validation"]}, numbers={**r.numbers, "score": r.numbers["validation_score"]}
-        )
-        for r in records
-        if r.items.get("validation") and "validation_score" in r.numbers
+        replace(r, items={"score": r.items["validation"]}, numbers=own) for r, own in zip(known, scores, strict=True)
     ]
-
-
-def _short(setup: StudySetup, arm: Arm, number: int) -> Trial:
-    """Return a candidate's run of a round; the first one is number 0."""
-    steps = max(2, int(setup.fields["max_steps"]) // ETA ** (ROUNDS - 1 - number))
-    return Trial(measure=SEARCH, setup=setup, arm=shortened(arm, steps), seed=0)

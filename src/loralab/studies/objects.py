@@ -22,7 +22,7 @@ FOLDER, MODEL, DATA = "objects", "model", "rows.json"  # in a study folder
 
 @dataclass(frozen=True)
 class Objects:
-    """A model and rows to be written into a study folder; None where a name was given."""
+    """A model and rows to be written into `folder`, within a study's; None where a name was given."""
 
     folder: Path
     model: Given | None = None
@@ -35,18 +35,18 @@ class Objects:
         Raises:
             InputError: it is no model or no data, or cannot be written as it is.
         """
-        own = None if model is None else given(_text(model), tokenizer)
+        own = None if model is None else given(str(model) if isinstance(model, Path) else model, tokenizer)
         if own is not None:
             _require_bare(own)
         named = data is None or isinstance(data, str | Path)
-        return Objects(folder / FOLDER, own, None if named else _rows(data, mapping))
+        return Objects(folder.resolve() / FOLDER, own, None if named else _rows(data, mapping))
 
     def named_in(self, asked: StudyOptions, model: Any, data: Any) -> StudyOptions:
         """Return what a study is asked, with names alone."""
         if model is not None:
-            asked = replace(asked, model=str(self._model if self.model else model))
+            asked = replace(asked, model=str(self.folder / MODEL if self.model else model))
         if data is not None:
-            asked = replace(asked, data=str(self._data if self.data is not None else data))
+            asked = replace(asked, data=str(self.folder / DATA if self.data is not None else data))
         return asked
 
     def write(self) -> None:
@@ -57,35 +57,21 @@ class Objects:
         """
         if self.data is not None:
             content = json.dumps(self.data, ensure_ascii=False, indent=1)
-            atomic.write_file(self._data, content + "\n")
+            atomic.write_file(self.folder / DATA, content + "\n")
         if self.model is not None:
-            with restored_after(self.model), atomic.explained(self._model):
+            own = self.folder / MODEL
+            with restored_after(self.model), atomic.explained(own):
                 base = self.model.base()
-                atomic.remove_folder(self._model)
-                with atomic.new_folder(self._model) as place:
+                atomic.remove_folder(own)
+                with atomic.new_folder(own) as place:
                     write_base(base.model, place, base.tokenizer)
-
-    @property
-    def _model(self) -> Path:
-        return self.folder.resolve() / MODEL
-
-    @property
-    def _data(self) -> Path:
-        return self.folder.resolve() / DATA
-
-
-def _text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _require_bare(own: Given) -> None:
     """Refuse a model with an adapter: its base would be studied, and not what it is."""
     if any(hasattr(module, "merge_weights") for module in own.model.modules()):
-        raise AdapterStateError(
-            f"{own.name} carries an adapter; a study begins without one: detach() it first",
-            code="adapted",
-            field="model",
-        )
+        message = f"{own.name} carries an adapter; a study begins without one: detach() it first"
+        raise AdapterStateError(message, code="adapted", field="model")
 
 
 def _rows(data: Any, mapping: Mapping[str, str] | None) -> dict[str, Any]:
@@ -96,20 +82,10 @@ def _rows(data: Any, mapping: Mapping[str, str] | None) -> dict[str, Any]:
     """
     table, question = catalog.table_of(data, mapping)
     if table.format == "image-label":
-        raise DataError(
-            "pictures in memory cannot be studied; save them in folders that are named after "
-            "their classes, and give that folder",
-            code="pictures_in_memory",
-            field="data",
-        )
-    usual = ""
-    if isinstance(data, Task) and data.format in LABELLED:
-        usual = catalog.question_of(data.format, data.labels)
-    if question not in ("", usual):
-        raise DataError(
-            f"the task {table.source!r} has a question of its own, which a file of rows cannot "
-            "hold; give its name, or its rows",
-            code="own_question",
-            field="data",
-        )
+        hint = "save them in folders that are named after their classes, and give that folder"
+        raise DataError(f"pictures in memory cannot be studied; {hint}", code="pictures_in_memory", field="data")
+    labelled = isinstance(data, Task) and data.format in LABELLED
+    if question not in ("", catalog.question_of(data.format, data.labels) if labelled else ""):
+        message = f"the task {table.source!r} has a question of its own, which a file of rows cannot hold"
+        raise DataError(f"{message}; give its name, or its rows", code="own_question", field="data")
     return dict(table.splits)

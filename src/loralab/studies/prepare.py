@@ -37,7 +37,7 @@ def prepare(setup: StudySetup, given: Sequence[Arm] | None) -> tuple[list[Arm], 
         InputError: the model or the data is wrong, whatever the arm.
     """
     task = rows_of(setup)
-    base = _base_of(setup, task)
+    base = base_of(setup, task)
     general = digest_of(task, base.kind, setup.general)
     facts = {**facts_of(task, task.digest, base), "general": general}
     arms = list(given) if given is not None else question_module(setup.study).arms(setup, base)
@@ -46,35 +46,24 @@ def prepare(setup: StudySetup, given: Sequence[Arm] | None) -> tuple[list[Arm], 
         raise ConfigError(f"two arms have the same name: {', '.join(sorted(twice))}")
     races = given is None and setup.study in STUDIES and STUDIES[setup.study].races
     if races and len([arm for arm in arms if not arm.plain]) < 2:
-        raise ConfigError(
-            f"the study {setup.study!r} has fewer than two arms to compare; give more --values",
-            code="few_arms",
-            field="values",
-        )
+        message = f"the study {setup.study!r} has fewer than two arms to compare; give more --values"
+        raise ConfigError(message, code="few_arms", field="values")
     invalid = {arm.name: reason for arm in arms if (reason := reason_invalid(setup, arm, base))}
     return arms, invalid, facts
 
 
-def base_of(setup: StudySetup) -> Base:
+def base_of(setup: StudySetup, task: Task | None = None) -> Base:
     """Return the model of a study, as its task needs it, once its rows are known to be readable."""
-    return _base_of(setup, rows_of(setup))
-
-
-def _base_of(setup: StudySetup, task: Task) -> Base:
+    task = task or rows_of(setup)
     base = load_base(setup.model, task, "fp32", 0, image_size=setup.fields.get("image_size"))
     longest = int(setup.fields.get("max_length", 512))
     encode(task, "test", base.tokenizer, kind=base.kind, max_length=longest)
     if setup.metric:
-        _require_metric(setup.metric, base, task)
+        few = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, limit=2).metrics
+        if setup.metric not in few:
+            hint = nearest(setup.metric, few)
+            raise ConfigError(f"{task.name} has no metric {setup.metric!r}, only {', '.join(few)}{hint}")
     return base
-
-
-def _require_metric(metric: str, base: Base, task: Task) -> None:
-    """Require a task to have the metric that shall decide."""
-    few = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, limit=2)
-    if metric not in few.metrics:
-        has = ", ".join(few.metrics)
-        raise ConfigError(f"{task.name} has no metric {metric!r}, only {has}{nearest(metric, few.metrics)}")
 
 
 def reason_invalid(setup: StudySetup, arm: Arm, base: Base) -> str:

@@ -24,10 +24,11 @@ from loralab.studies.figures import drawn
 from loralab.studies.message import Message, Table
 from loralab.studies.runner import records
 from loralab.studies.section import Section, section
-from loralab.studies.summary import closing_answers
+from loralab.studies.study import Finding
 from loralab.studies.wording import LANGUAGES, UNKNOWN, formatted, say
 
 FIGURES = "figures"
+BIGGEST = 6  # findings that are named at the end
 MARKS = {"better": "▲", "worse": "▼", "equivalent": "=", "undecided": "?", "decided": "✓"}
 SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page needs of the bundle
 Drawn = dict[tuple[str, str], dict[str, dict[str, Any]]]  # study and chart -> language -> Vega-Lite
@@ -76,15 +77,35 @@ def in_order(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def content_of(sections: Sequence[Section]) -> dict[str, Any]:
     """Return what both forms of the report speak of."""
-    return {
-        "sections": sections,
-        "advice": [advised(group) for group in grouped(sections)],
-        "closing": closing_answers(sections),
-        "today": date.today(),
-        "version": loralab.__version__,
-        "message": Message,
-        "marks": MARKS,
-    }
+    advice, closing = [advised(group) for group in grouped(sections)], closing_answers(sections)
+    own = {"today": date.today(), "version": loralab.__version__, "message": Message, "marks": MARKS}
+    return {"sections": sections, "advice": advice, "closing": closing, **own}
+
+
+def closing_answers(sections: Sequence[Section]) -> list[tuple[Message, list[Message]]]:
+    """Answer the source's three closing questions from the numbers."""
+    claims = [(s, f) for s in sections for f in s.answer.findings]
+    first: dict[str, Message] = {}
+    for each, finding in sorted((pair for pair in claims if pair[1].holds), key=lambda pair: -_strength(pair[1])):
+        first.setdefault(each.name, _labelled(each, finding.sentence))
+    undecided = [_labelled(s, f.sentence) for s, f in claims if f.verdict == "undecided"]
+    following = [_labelled(s, text) for s in sections if (text := s.said("next")) is not None]
+    return [
+        (Message("page.biggest"), list(first.values())[:BIGGEST] or [Message("page.nothing_exceeded")]),
+        (Message("page.unclear"), undecided or [Message("page.all_decided")]),
+        (Message("page.next"), following),
+    ]
+
+
+def _strength(finding: Finding) -> float:
+    """Return how far an interval stays away from zero, in its own widths."""
+    if finding.effect is None or finding.low is None or finding.high is None or finding.high == finding.low:
+        return 0.0
+    return float(abs(finding.effect) / (finding.high - finding.low))
+
+
+def _labelled(each: Section, text: Message) -> Message:
+    return Message("page.labelled", label=each.label, text=text)
 
 
 def charts_of(sections: Sequence[Section]) -> Drawn:
@@ -95,45 +116,34 @@ def charts_of(sections: Sequence[Section]) -> Drawn:
 
 def markdown(content: Mapping[str, Any], language: str) -> str:
     """Return the report as Markdown."""
-    return (
-        _templates()
-        .get_template("report.md.j2")
-        .render(
-            **content,
-            say=lambda value: say(value, language),
-            suffix="" if language == "en" else f".{language}",
-            table=lambda table: markdown_table(table, language),
-            figures=FIGURES,
-        )
+    return _template("report.md.j2").render(
+        **content,
+        say=lambda value: say(value, language),
+        suffix="" if language == "en" else f".{language}",
+        table=lambda table: markdown_table(table, language),
+        figures=FIGURES,
     )
 
 
 def page(content: Mapping[str, Any], charts: Drawn, language: str) -> str:
     """Return the HTML page; it needs nothing from anywhere."""
-    script = vl_convert.javascript_bundle(SNIPPET)
-    return (
-        _templates()
-        .get_template("report.html.j2")
-        .render(
-            **content,
-            language=language,
-            both=both,
-            say=say,
-            cell=cell,
-            charts=Markup(_inline({"-".join(key): specs for key, specs in charts.items()})),
-            bundle=Markup(script.replace("</script", "<\\/script")),
-        )
+    return _template("report.html.j2").render(
+        **content,
+        language=language,
+        both=both,
+        say=say,
+        cell=cell,
+        charts=Markup(_inline({"-".join(key): specs for key, specs in charts.items()})),
+        bundle=_bundle(),
     )
 
 
 def both(value: Any) -> Markup:
     """Write something in both languages; the page shows one of them."""
-    english, chinese = (say(value, code) for code in LANGUAGES)
-    if english == chinese:
-        return Markup.escape(english)
-    return Markup('<span class="en" lang="en">{}</span><span class="zh" lang="zh-Hant">{}</span>').format(
-        english, chinese
-    )
+    texts = [say(value, code) for code in LANGUAGES]
+    if len(set(texts)) == 1:
+        return Markup.escape(texts[0])
+    return Markup('<span class="en" lang="en">{}</span><span class="zh" lang="zh-Hant">{}</span>').format(*texts)
 
 
 def cell(value: Any, form: str) -> Any:
@@ -170,11 +180,18 @@ def _write_figures(folder: Path, charts: Drawn) -> None:
 
 
 @functools.cache
-def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
+def _bundle() -> Markup:
+    """Return the scripts that draw charts, which take seconds to put together."""
+    return Markup(vl_convert.javascript_bundle(SNIPPET).replace("</script", "<\\/script"))
+
+
+@functools.cache
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("loralab.studies", "."),
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=lambda own: bool(own and own.endswith(".html.j2")),
         undefined=jinja2.StrictUndefined,
     )
+    return environment.get_template(name)

@@ -12,7 +12,6 @@ from loralab.errors import ConfigError, RunError, join_limited
 from loralab.studies import search, store
 from loralab.studies.cluster import Cluster
 from loralab.studies.executor import Here, Tell, ended
-from loralab.studies.pace import Pace
 from loralab.studies.prepare import prepare, question_module
 from loralab.studies.study import FAILED, MISSING, Arm, Record, StudySetup, Trial
 from loralab.studies.trained import SEARCH
@@ -31,16 +30,65 @@ def records(folder: Path) -> dict[str, tuple[StudySetup, list[Record]]]:
     found = {}
     for name, (setup, arms, invalid) in store.plans(folder).items():
         able = [arm for arm in arms if arm.name not in invalid]
-        own = search.walk(setup, able, lambda trial: store.read(folder, trial) or missing(trial))
+        own = search.walk(setup, able, lambda trial: store.read(folder, trial) or trial.record(status=MISSING))
         unable = [arm for arm in arms if arm.name in invalid]
         own += [Record(arm=arm, seed=0, status=FAILED, reason=invalid[arm.name]) for arm in unable]
         found[name] = (setup, own)
     return found
 
 
-def missing(trial: Trial, reason: str = "") -> Record:
-    """Return the record of a trial that did not run."""
-    return Record(arm=trial.arm, seed=trial.seed, status=MISSING, reason=reason)
+class Pace:
+    """The times of a session's trials, and how much is left to do, in full runs.
+
+    Args:
+        deadline: of time.monotonic(), or infinity.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self.left = 0.0
+        self._deadline = deadline
+        self._seconds: dict[str, list[float]] = {}
+        self._changing = threading.Lock()
+
+    @property
+    def seconds_left(self) -> float:
+        """Return the seconds until the deadline."""
+        return self._deadline - time.monotonic()
+
+    def fits(self, trial: Trial) -> bool:
+        """Tell whether a trial will end in time; one of a kind that has never run may begin."""
+        own = self._seconds.get(_kind(trial), [])
+        return size(trial) * _mean(own) <= self.seconds_left
+
+    def took(self, trial: Trial, seconds: float) -> None:
+        """Note the time of a trial."""
+        with self._changing:
+            self._seconds.setdefault(_kind(trial), []).append(seconds / size(trial))
+
+    def done(self, trial: Trial) -> None:
+        """Note that a trial has had its turn, whether it ran or not."""
+        with self._changing:
+            self.left = max(0.0, self.left - size(trial))
+
+    def expected(self, trial: Trial, abreast: int) -> float | None:
+        """Return the seconds until everything is done, from trials of this kind or of all; None where none has run."""
+        own = self._seconds.get(_kind(trial)) or [t for times in self._seconds.values() for t in times]
+        return self.left * _mean(own) / abreast if own else None
+
+
+def size(trial: Trial) -> float:
+    """Return how much of a full run a trial is."""
+    if trial.measure != SEARCH:
+        return 1.0
+    return int(trial.arm.fields["max_steps"]) / int(trial.setup.fields["max_steps"])
+
+
+def _mean(seconds: list[float]) -> float:
+    return math.fsum(seconds) / len(seconds) if seconds else 0.0
+
+
+def _kind(trial: Trial) -> str:
+    return f"{trial.setup.study} {trial.measure}"
 
 
 class Session:
@@ -95,7 +143,11 @@ class Session:
         self.pace.left = 3.0 if decides else math.fsum(search.whole_runs(setup, arm) for arm in arms)
         if (away := self.cluster) is not None:
             away.require_ready(setup)
-            search.walk(setup, arms, lambda t: self.obtain(t) if away.accepts(t) else missing(t), away.each)
+
+            def obtain(trial: Trial) -> Record:  # what stays at home comes after it
+                return self.obtain(trial) if away.accepts(trial) else trial.record(status=MISSING)
+
+            search.walk(setup, arms, obtain, away.each)
         return search.walk(setup, arms, self.obtain)
 
     def obtain(self, trial: Trial) -> Record:
@@ -117,24 +169,23 @@ class Session:
 
     def settle(self, trial: Trial, reason: str) -> Record:
         """Return the record that a trial has left; one that left none, for a reason, gets one that says so."""
-        stored = store.read(self.folder, trial)
-        if stored is not None and not reason:
+        if not reason and (stored := store.read(self.folder, trial)) is not None:
             return stored
-        record = Record(arm=trial.arm, seed=trial.seed, status=FAILED, reason=reason or ended(0))
+        record = trial.record(status=FAILED, reason=reason or ended(0))
         store.write(store.place_of(self.folder, trial), trial, record, 0.0)
         return record
 
     def skip(self, setup: StudySetup, reason: str) -> None:
         """Note that a study cannot run, for the report and the listener; what it has found before stays."""
-        held = store.plans(self.folder) if (self.folder / store.STUDY).is_file() else {}
-        if setup.study not in held or not held[setup.study][1]:
+        held = store.held(self.folder, setup.study)
+        if held is None or not held[1]:
             store.add_plan(self.folder, (setup, [], {setup.study: reason}))
         self.tell_of(setup, "skipped", reason)
 
     def tell_of(self, setup: StudySetup, what: str, reason: str = "") -> None:
         """Say to the listener whether a study can run, and on which model and data."""
-        event = {"kind": "study", "study": setup.study, "what": what, "model": setup.model, "data": setup.data}
-        self._listener({**event, "reason": reason})
+        of = {"study": setup.study, "model": setup.model, "data": setup.data}
+        self._listener({"kind": "study", **of, "what": what, "reason": reason})
 
     def tell(self, trial: Trial, what: str) -> None:
         """Say to the listener how it goes with a trial."""
@@ -155,7 +206,7 @@ class Session:
         self._tried.add(trial.digest)
         if not self.pace.fits(trial):
             self.pace.done(trial)
-            return missing(trial, BUDGET)
+            return trial.record(status=MISSING, reason=BUDGET)
         self.tell(trial, "begins")
         started = time.monotonic()
         reason = executor.measure(trial, store.place_of(self.folder, trial), self._listener)

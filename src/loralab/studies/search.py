@@ -1,4 +1,4 @@
-"""Walk through the trials of a study: a loop asks rules what comes next (rates.py, race.py), and obtains it.
+"""Walk through the trials of a study: a loop asks rules what comes next (rates.py, contenders), and obtains it.
 
 The rules are functions of what came out so far, so the same walk reads a folder and fills it: which
 trials there are follows from study.toml and from what the trials before them gave.
@@ -10,12 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loralab.studies import rates
+from loralab.studies.contrast import Ranking
+from loralab.studies.evidence import by_arm, metric_of
 from loralab.studies.prepare import question_module
-from loralab.studies.race import contenders
+from loralab.studies.ranking import leader, ranked
 from loralab.studies.rates import Run
 from loralab.studies.study import EDGE, MISSING, Arm, Record, StudySetup, Trial
 from loralab.studies.trained import SEARCH
 
+POSSIBLE = 0.05  # an arm that is good enough with less probability is out of the race
+WORTH = 0.5  # seed noise below this share of the noise of test rows decides nothing
 Obtain = Callable[[Trial], Record]
 Each = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
 """All results of some work, in their order, which may be done side by side."""
@@ -56,7 +60,12 @@ def walk(setup: StudySetup, arms: Sequence[Arm], obtain: Obtain, each: Each = in
     def measure_of(arm: Arm) -> str:
         return str(arm.options.get("measure") or module.MEASURE)
 
-    ready = each(lambda arm: tuned(setup, arm, obtain, measure_of(arm), each), arms)
+    def tuned(arm: Arm) -> Search:
+        if needs_search(setup, arm):
+            return tune(setup, arm, obtain, measure_of(arm), each)
+        return Search(arm=arm, rate=arm.fields.get("learning_rate"))
+
+    ready = each(tuned, arms)
     found = {search.arm.name: search for search in ready}
 
     def run(arm: Arm, seed: int) -> Record:
@@ -87,11 +96,26 @@ def seeded(
     return found
 
 
-def tuned(setup: StudySetup, arm: Arm, obtain: Obtain, measure: str, each: Each = in_turn) -> Search:
-    """Return an arm at its learning rate: its own, the setup's, or the best that a search finds."""
-    if not needs_search(setup, arm):
-        return Search(arm=arm, rate=arm.fields.get("learning_rate"))
-    return tune(setup, arm, obtain, measure, each)
+def possible_best(found: Ranking, always: Collection[str] = ()) -> list[str]:
+    """Return the arms that can still be the best, and those that stay always; none once it is decided."""
+    if found.decided:
+        return []
+    return [name for name in found.names if found.good[name] >= POSSIBLE or name in always]
+
+
+def contenders(records: Sequence[Record], setup: StudySetup) -> list[str]:
+    """Return the arms that can still be the best; none once that is decided, or seeds cannot decide it.
+
+    At most as many runs are added as the study began with.
+    """
+    arms = {name: own for name, own in by_arm(records).items() if not own[0].arm.plain}
+    runs, began = sum(map(len, arms.values())), setup.seeds * len(arms)
+    if len(arms) < 2 or runs >= 2 * began:
+        return []
+    found = ranked(arms, metric_of(records, setup))
+    able, first = possible_best(found), leader(found)
+    pairs = [found.contrast(first, name) for name in able if name != first]
+    return able if any(pair.of_seeds > WORTH * pair.of_rows for pair in pairs) else []
 
 
 def tune(setup: StudySetup, arm: Arm, obtain: Obtain, measure: str, each: Each = in_turn) -> Search:

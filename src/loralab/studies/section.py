@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from loralab.studies.catalog import RECOMMEND, STUDIES
 from loralab.studies.commands import apply_command, deciding_command, repeat_command, resuming_command
@@ -53,24 +54,10 @@ class Section:
             return ""
         return "decided" if ranking.decided else "undecided"
 
-    @property
-    def method(self) -> Message | None:
-        """Say how it was measured, beyond what holds for every study."""
-        return self.answer.method or self._usual("method")
-
-    @property
-    def caution(self) -> Message | None:
-        """Say what would change the answer."""
-        return self.answer.caution or self._usual("caution")
-
-    @property
-    def following(self) -> Message | None:
-        """Say which experiment suggests itself."""
-        return self.answer.next or self._usual("next")
-
-    def _usual(self, part: str) -> Message | None:
+    def said(self, part: Literal["method", "caution", "next"]) -> Message | None:
+        """Return that part of the answer, or what the catalogue says for all answers to the question."""
         key = f"{question_name(self.name)}.{part}"
-        return Message(key) if key in catalogue("en") else None
+        return getattr(self.answer, part) or (Message(key) if key in catalogue("en") else None)
 
 
 def section(name: str, setup: StudySetup, records: Sequence[Record], folder: str = "") -> Section:
@@ -93,22 +80,18 @@ def section(name: str, setup: StudySetup, records: Sequence[Record], folder: str
 
 def measured(setup: StudySetup, records: Sequence[Record]) -> Message:
     """Say how the runs of a study were made equal, and what they cost."""
+    scored = [len(r.items["score"]) for r in records if r.items.get("score")]  # a task may have fewer than asked for
     return Message(
         "page.measured",
         model=setup.model,
         data=setup.data,
         steps=setup.fields.get("max_steps"),
         batch=setup.fields.get("batch_size"),
-        rows=_rows(records),
+        rows=max(scored, default=None),
         seeds=_seeds(records, setup),
         rates=_rates(setup, records),
         cost=sum(r.seconds for r in records),
     )
-
-
-def _rows(records: Sequence[Record]) -> int | None:
-    """Return how many test rows were scored; a task may have fewer than were asked for."""
-    return max((len(r.items["score"]) for r in records if r.items.get("score")), default=None)
 
 
 def _seeds(records: Sequence[Record], setup: StudySetup) -> str:

@@ -7,12 +7,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from loralab.studies.contrast import CONFIDENCE, SIDE, Contrast, Verdict, verdict_of
-
-Floats = NDArray[np.float64]
+from loralab.studies.contrast import CONFIDENCE, SIDE, Contrast, Floats, Interval, around, verdict_of
 
 
 def difference(
@@ -38,13 +35,12 @@ def difference(
     if seeds > 1 or items > 1:
         half = _half_width(of_seeds, seeds, of_items, items, (1 - CONFIDENCE) / comparisons / 2)
         inner = _half_width(of_seeds, seeds, of_items, items, SIDE)
+    low, high = around(effect, half)
     return Contrast(
-        a="",
-        b="",
         estimate=effect,
-        low=effect - half,
-        high=effect + half,
-        verdict=verdict_of(effect, half, inner, margin),
+        low=low,
+        high=high,
+        verdict=verdict_of((low, high), around(effect, inner), margin),
         seeds=seeds,
         rows=items,
         of_seeds=math.sqrt(of_seeds),
@@ -55,30 +51,12 @@ def difference(
 def median_contrast(differences: Sequence[float], *, margin: float, confidence: float = CONFIDENCE) -> Contrast:
     """Return the median of differences that are one sample, such as those of trials or of layers."""
     low, high = median_interval(differences, confidence)
-    inner = median_interval(differences, 1 - 2 * SIDE)
-    return Contrast(
-        a="",
-        b="",
-        estimate=float(np.median(differences)),
-        low=low,
-        high=high,
-        verdict=_verdict(low, high, inner, margin),
-        seeds=1,
-        rows=len(differences),
-        of_seeds=0.0,
-        of_rows=0.0,
-    )
+    verdict = verdict_of((low, high), median_interval(differences, 1 - 2 * SIDE), margin)
+    middle = float(np.median(differences))
+    return Contrast(estimate=middle, low=low, high=high, verdict=verdict, rows=len(differences))
 
 
-def _verdict(low: float, high: float, inner: tuple[float, float], margin: float) -> Verdict:
-    if -margin <= inner[0] and inner[1] <= margin:
-        return "equivalent"
-    if low > 0 or high < 0:
-        return "better" if low > 0 else "worse"
-    return "undecided"
-
-
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Return the interval of a median, whatever the distribution: order statistics, from the binomial.
 
     The k-th smallest and the k-th largest of n values enclose the median with probability

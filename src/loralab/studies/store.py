@@ -18,8 +18,8 @@ from typing import Any
 from loralab import atomic
 from loralab.errors import ConfigError, InputError, OutputError, join_limited
 from loralab.studies.fields import configured
-from loralab.studies.study import FORMAT, Arm, Record, StudySetup, Trial
-from loralab.values import read_json, read_toml
+from loralab.studies.study import FORMAT, STATUSES, Arm, Record, StudySetup, Trial
+from loralab.values import build_config, read_json, read_toml
 
 STUDY, RUNS, RECORD, RESULTS = "study.toml", "runs", "record.json", "results.parquet"
 LOCK, LOG, FACTS = ".lock", "worker.log", "facts.json"
@@ -48,10 +48,10 @@ def read(folder: Path, trial: Trial) -> Record | None:
 
 def read_at(place: Path, trial: Trial) -> Record | None:
     """Return the record of a trial from the folder that keeps it."""
-    with contextlib.suppress(OutputError, KeyError, TypeError):
+    with contextlib.suppress(InputError, KeyError, TypeError):
         content = read_json(place / RECORD, OutputError)
-        found = Record(**{**content["record"], "arm": trial.arm})
-        if content["format"] == FORMAT and found.is_sound:
+        found = build_config(Record, {**content["record"], "arm": trial.arm})
+        if content["format"] == FORMAT and found.status in STATUSES:
             return found
     return None
 
@@ -68,37 +68,34 @@ def plans(folder: Path) -> dict[str, Plan]:
         command = f"loralab study rank --output-dir {shlex.quote(str(folder))}"
         raise OutputError(f"{what} {folder}; start one: {command}")
     try:
-        stored = read_toml(file, OutputError)["studies"]
-        found = {
-            name: (
-                StudySetup.of(entry["ground"]),
-                [Arm(**arm) for arm in entry["arms"]],
-                dict(entry.get("invalid", {})),
-            )
-            for name, entry in stored.items()
-        }
-        if wrong := [name for name, (own, arms, _) in found.items() if not own.is_sound(name, arms)]:
-            raise TypeError(f"the fields of {wrong[0]!r} are of other types")
-        for setup, arms, _ in found.values():
+        found = {}
+        for name, stored in read_toml(file, OutputError)["studies"].items():
+            setup, arms = build_config(StudySetup, stored["ground"]), [build_config(Arm, one) for one in stored["arms"]]
+            if setup.study != name:
+                raise TypeError(f"the study {setup.study!r} stands under {name!r}")
             for arm in arms:
                 configured({**setup.fields, **arm.fields})
+            found[name] = (setup, arms, dict(stored.get("invalid", {})))
         return found
     except (InputError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise OutputError(f"{file} is damaged ({error}); its runs/ can be used again") from None
 
 
+def held(folder: Path, study: str) -> Plan | None:
+    """Return a study that a folder holds; None where it has not begun there."""
+    return plans(folder).get(study) if (folder / STUDY).is_file() else None
+
+
 def add_plan(folder: Path, plan: Plan) -> None:
     """Write a study into study.toml, beside those that are there."""
-    held = plans(folder) if (folder / STUDY).is_file() else {}
-    setup = plan[0]
-    held[setup.study] = plan
+    known = plans(folder) if (folder / STUDY).is_file() else {}
     stored = {
         name: {
-            "ground": _without(_is_none, own.to_json()),
+            "ground": _without(_is_none, asdict(own)),
             "arms": [_without(_is_none, asdict(arm)) for arm in arms],
             "invalid": invalid,
         }
-        for name, (own, arms, invalid) in held.items()
+        for name, (own, arms, invalid) in {**known, plan[0].study: plan}.items()
     }
     content = {"format": FORMAT, "studies": stored}
     import tomli_w  # here alone: what only reads a study does without it
@@ -112,10 +109,9 @@ def require_same(folder: Path, setup: StudySetup) -> None:
     Raises:
         ConfigError: it was begun with other settings.
     """
-    held = plans(folder).get(setup.study) if (folder / STUDY).is_file() else None
-    if held is None:
+    if (before := held(folder, setup.study)) is None:
         return
-    was, now = held[0].to_json(), setup.to_json()
+    was, now = vars(before[0]), vars(setup)
     if changed := [f"{k} was {was[k]!r}, now {now[k]!r}" for k in was if was[k] != now[k]]:
         raise ConfigError(f"{folder} holds the study {setup.study!r} with other settings: {join_limited(changed)}")
 
@@ -152,26 +148,23 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+        file = (folder / LOCK).open("a+", errors="replace")
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}") from None
-    try:
+    with file:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            owner = os.read(handle, 20).decode(errors="replace").strip() or "unknown"
-            raise OutputError(
-                f"another study works in {folder} (process {owner}); wait for it, or choose another --output-dir"
-            ) from None
+            file.seek(0)
+            who = f"another study works in {folder} (process {file.read(20).strip() or 'unknown'})"
+            raise OutputError(f"{who}; wait for it, or choose another --output-dir") from None
         with atomic.explained(folder / LOCK):
-            os.ftruncate(handle, 0)
-            os.write(handle, str(os.getpid()).encode())
+            file.truncate(0)
+            print(os.getpid(), end="", file=file, flush=True)
         try:
             yield
         finally:
             _remove_unused(folder)
-    finally:
-        os.close(handle)
 
 
 def _remove_unused(folder: Path) -> None:

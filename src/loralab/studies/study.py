@@ -8,17 +8,18 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 from loralab.errors import ConfigError, nearest
 from loralab.studies.message import Chart, Message, Table
-from loralab.values import check_choice
+from loralab.values import build_config, check_choice
 
 FORMAT = 1  # of records; a change makes old ones unreadable, and their trials run again
 FALLING = ("loss", "perplexity", "rmse")  # metrics of which less is better
 MOST_SEEDS = 1_000
 EDGE = "edge"  # texts["rate"] of a record whose best rate lies at the edge of what was tried
-DONE, DIVERGED, FAILED, MISSING = "done", "diverged", "failed", "missing"
+STATUSES = DONE, DIVERGED, FAILED, MISSING = "done", "diverged", "failed", "missing"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +36,6 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     tuned: bool = True
     plain: bool = False
-
-    @property
-    def is_sound(self) -> bool:
-        """Tell whether every field is of its type; what a file says may not be."""
-        flags = isinstance(self.tuned, bool) and isinstance(self.plain, bool)
-        tables = isinstance(self.fields, dict) and isinstance(self.options, dict)
-        return isinstance(self.name, str) and flags and tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +67,13 @@ class StudySetup:
     margin: float | None = None
     general: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return all fields, as files hold them."""
-        return {**asdict(self), "values": list(self.values), "rates": list(self.rates)}
-
-    def is_sound(self, name: str, arms: Sequence[Arm]) -> bool:
-        """Tell whether every field of this study and of its arms is of its type; a file may err."""
-        texts = (self.study, self.model, self.data, self.metric, self.general, *self.values, *self.mapping.values())
-        counts, numbers = (self.seeds, self.seeds_max), (*self.rates, *self.rows.values(), self.margin or 0)
-        return (
-            self.study == name
-            and all(isinstance(text, str) for text in texts)
-            and all(isinstance(table, dict) for table in (self.mapping, self.fields, self.rows))
-            and all(type(count) is int and 0 <= count <= MOST_SEEDS for count in counts)
-            and self.seeds > 0
-            and all(_is_number(value) for value in numbers)
-            and all(isinstance(flag, bool) for flag in (self.quick, self.fixed_lr))
-            and all(arm.is_sound for arm in arms)
-        )
+    def __post_init__(self) -> None:
+        """Keep lists of a file as tuples, and refuse numbers of seeds that no study has."""
+        for name in ("values", "rates"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not (0 < self.seeds <= MOST_SEEDS and 0 <= self.seeds_max <= MOST_SEEDS):
+            message = f"a study has 1 to {MOST_SEEDS} seeds, got seeds {self.seeds} and seeds_max {self.seeds_max}"
+            raise ConfigError(message, code="wrong_value", field="seeds")
 
     def chosen(self, known: Sequence[str], usual: Sequence[str]) -> list[str]:
         """Return what was asked for after --values, each once; where nothing was, the usual.
@@ -119,12 +102,6 @@ class StudySetup:
                 raise ConfigError(message, code="wrong_value", field="values")
         return sorted({int(value) for value in asked} or usual)
 
-    @staticmethod
-    def of(stored: Mapping[str, Any]) -> "StudySetup":
-        """Read what `to_json` made."""
-        lists = {name: tuple(stored.get(name, ())) for name in ("values", "rates")}
-        return StudySetup(**{**stored, **lists})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -139,23 +116,11 @@ class Trial:
     def digest(self) -> str:
         """Return a digest of what decides the result, and of nothing else: trials of two studies can be the same."""
         setup = self.setup
-        deciding = [
-            FORMAT,
-            self.measure,
-            setup.model,
-            setup.data,
-            dict(setup.mapping),
-            dict(setup.fields),
-            dict(setup.rows),
-            setup.quick,
-            setup.metric,
-            dict(self.arm.fields),
-            dict(self.arm.options),
-            self.seed,
-            *filter(None, [setup.general]),  # so that trials of before there was any keep their names
-        ]
-        text = json.dumps(deciding, sort_keys=True, default=list)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        own = [self.measure, setup.model, setup.data, dict(setup.mapping), dict(setup.fields), dict(setup.rows)]
+        deciding = [FORMAT, *own, setup.quick, setup.metric, dict(self.arm.fields), dict(self.arm.options), self.seed]
+        if setup.general:  # so that trials of before there was any keep their names
+            deciding.append(setup.general)
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
     def record(self, **held: Any) -> "Record":
         """Return what came out of it: a record with these fields."""
@@ -163,26 +128,23 @@ class Trial:
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields, as files hold them."""
-        return {"measure": self.measure, "ground": self.setup.to_json(), "arm": asdict(self.arm), "seed": self.seed}
+        return {"measure": self.measure, "ground": asdict(self.setup), "arm": asdict(self.arm), "seed": self.seed}
 
     @staticmethod
     def of(stored: Mapping[str, Any]) -> "Trial":
         """Read what `to_json` made."""
-        return Trial(
-            measure=stored["measure"],
-            setup=StudySetup.of(stored["ground"]),
-            arm=Arm(**stored["arm"]),
-            seed=stored["seed"],
-        )
+        setup, arm = build_config(StudySetup, stored["ground"]), build_config(Arm, stored["arm"])
+        return Trial(measure=stored["measure"], setup=setup, arm=arm, seed=stored["seed"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """The result of one trial.
 
-    `numbers` are scalars, `series` curves, `items` one value per test row (larger is better),
-    `tables` rows of anything, `texts` words such as the name of the metric. `seconds` is what the
-    trial cost; `rate` the learning rate it ran with, `searched` what the search for it cost.
+    `numbers` are scalars, `series` curves (read back, None where they were not finite), `items` one
+    value per test row (larger is better), `tables` rows of anything, `texts` words such as the name of
+    the metric. `seconds` is what the trial cost; `rate` the learning rate it ran with, `searched` what
+    the search for it cost.
     """
 
     arm: Arm
@@ -190,31 +152,13 @@ class Record:
     status: str = DONE
     reason: str = ""
     numbers: Mapping[str, float] = field(default_factory=dict)
-    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    series: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     items: Mapping[str, Sequence[float]] = field(default_factory=dict)
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     rate: float | None = None
     searched: float = 0.0
-
-    @property
-    def is_sound(self) -> bool:
-        """Tell whether every field is of its type; what a file says may not be."""
-        held = (self.numbers, self.series, self.items, self.tables, self.texts)
-        if not all(isinstance(table, dict) for table in held) or not isinstance(self.reason, str):
-            return False
-        curves = [*self.series.values(), *self.items.values(), *self.tables.values()]
-        numbers = (self.seconds, self.searched, self.rate or 0.0, *self.numbers.values())
-        return (
-            type(self.seed) is int
-            and self.status in (DONE, DIVERGED, FAILED, MISSING)
-            and all(isinstance(curve, list) for curve in curves)
-            and all(_is_number(value) for value in numbers)
-            and all(_is_number(v) for values in self.items.values() for v in values)
-            and all(isinstance(row, dict) for rows in self.tables.values() for row in rows)
-            and all(isinstance(text, str) for text in self.texts.values())
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,43 +235,18 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         """Check every value."""
+        wrong = partial(ConfigError, code="wrong_value")
         for name in ("seeds", "seeds_max", "steps", "batch_size", "test_rows", "max_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(
-                    f"{name} must be a whole number of at least 1, got {value!r}", code="wrong_value", field=name
-                )
+                raise wrong(f"{name} must be a whole number of at least 1, got {value!r}", field=name)
         if self.margin is not None and not 0 < self.margin < float("inf"):
-            raise ConfigError(f"margin must be positive, got {self.margin!r}", code="wrong_value", field="margin")
-        if self.seeds_max is not None and self.seeds_max < (self.seeds or 1):
-            raise ConfigError(
-                f"seeds_max ({self.seeds_max}) must be at least seeds ({self.seeds or 1})",
-                code="wrong_value",
-                field="seeds_max",
-            )
+            raise wrong(f"margin must be positive, got {self.margin!r}", field="margin")
+        seeds, most = self.seeds or 1, self.seeds_max
+        if most is not None and most < seeds:
+            raise wrong(f"seeds_max ({most}) must be at least seeds ({seeds})", field="seeds_max")
         object.__setattr__(self, "values", tuple(map(str, self.values)))
-        if self.quick and max(self.seeds or 1, self.seeds_max or 1) > 1:
+        if self.quick and max(seeds, most or 1) > 1:
             raise ConfigError("quick is one seed; leave out --quick, or --seeds and --seeds-max", field="quick")
         if self.learning_rate is not None and not self.fixed_lr:
             raise ConfigError("learning_rate has an effect only with --fixed-lr; arms are tuned")
-
-
-def parse_seconds(text: str) -> float:
-    """Parse "20m" -> 1200.0; units s, m and h.
-
-    Raises:
-        ConfigError: no number with one of the units.
-    """
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    number, unit = text.strip()[:-1], text.strip()[-1:].lower()
-    try:
-        value = float(number) * units[unit]
-    except (ValueError, KeyError):
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ConfigError(f"budget must be like 20m, 90s or 1.5h, got {text!r}")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -4,9 +4,9 @@ Every arm meets the same rows in the same order (both follow from the seed) and 
 same test rows, which do not depend on the seed.
 """
 
-import importlib
 import itertools
 import math
+import pkgutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -46,24 +46,17 @@ KEPT_BYTES = 50_000_000  # larger adapters are scored, not kept
 def measured(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Measure a trial; where that gives nothing, return a record that says why."""
     try:
-        return resolve(trial.measure)(trial, folder, tell)
+        found: Record = pkgutil.resolve_name(trial.measure)(trial, folder, tell)
+        return found
     except LearningError as error:
         return diverged(trial, folder, str(error))
     except LoralabError as error:
-        return Record(arm=trial.arm, seed=trial.seed, status=FAILED, reason=str(error))
-
-
-def resolve(name: str) -> Callable[[Trial, Path, Tell], Record]:
-    """Return the function behind "module:function"."""
-    module, function = name.split(":")
-    found: Callable[[Trial, Path, Tell], Record] = getattr(importlib.import_module(module), function)
-    return found
+        return trial.record(status=FAILED, reason=str(error))
 
 
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train, score on the test rows and on as many training rows, and note the costs."""
-    run = trained(trial, folder, tell)
-    return scored(trial, run, folder)
+    return scored(trial, trained(trial, folder, tell), folder)
 
 
 def searched(trial: Trial, folder: Path, tell: Tell) -> Record:
@@ -71,12 +64,8 @@ def searched(trial: Trial, folder: Path, tell: Tell) -> Record:
     run = trained(trial, folder, tell)
     atomic.remove_folder(folder / "run")
     scores = run.scores["validation"]
-    return Record(
-        arm=trial.arm,
-        seed=trial.seed,
-        numbers={"validation_loss": scores.metrics["loss"]},
-        items={"validation_loss": list(scores.row_losses)},
-    )
+    numbers = {"validation_loss": scores.metrics["loss"]}
+    return trial.record(numbers=numbers, items={"validation_loss": list(scores.row_losses)})
 
 
 def probed(trial: Trial, folder: Path, tell: Tell) -> Record:
@@ -91,7 +80,7 @@ def probed(trial: Trial, folder: Path, tell: Tell) -> Record:
     times = {"forgetting_seconds": time.perf_counter() - scored, "general_seconds": general.get("general_seconds", 0.0)}
     atomic.remove_folder(folder / "run")
     numbers = {"step_seconds": step_seconds(events), "row_seconds": row, **times}
-    return Record(arm=trial.arm, seed=trial.seed, numbers=numbers)
+    return trial.record(numbers=numbers)
 
 
 def left_out(trial: Trial, folder: Path, tell: Tell) -> Record:
@@ -150,9 +139,7 @@ def scored(trial: Trial, run: Run, folder: Path) -> Record:
     }
     lost = not math.isfinite(losses[-1]) or smoothed(losses)[-1] > 1.05 * np.mean(losses[:3])
     forget(folder, size)
-    return Record(
-        arm=trial.arm,
-        seed=trial.seed,
+    return trial.record(
         status=DIVERGED if lost else DONE,
         reason="the training loss ended above its start" if lost else "",
         numbers=numbers,
@@ -213,13 +200,7 @@ def diverged(trial: Trial, folder: Path, reason: str) -> Record:
     """Return the record of a run whose numbers ended; its losses up to there are kept."""
     events = [e for e in read_metrics(folder / "run") if e["kind"] == "step"]
     atomic.remove_folder(folder / "run")
-    return Record(
-        arm=trial.arm,
-        seed=trial.seed,
-        status=DIVERGED,
-        reason=reason,
-        series={"loss": [float(e["loss"]) for e in events]},
-    )
+    return trial.record(status=DIVERGED, reason=reason, series={"loss": [float(e["loss"]) for e in events]})
 
 
 def forget(folder: Path, size: int) -> None:
@@ -241,10 +222,5 @@ def untrained(trial: Trial, folder: Path, tell: Tell) -> Record:
     metric = setup.metric or scores.main
     general = forgetting.measured(base, task, setup.general, (folder, trial))
     numbers = {"score": scores.metrics[metric], "test_loss": scores.metrics["loss"], **general.numbers}
-    return Record(
-        arm=trial.arm,
-        seed=trial.seed,
-        numbers=numbers,
-        items={"score": items_of(scores, metric), **general.items},
-        texts={"metric": metric, **general.texts},
-    )
+    items = {"score": items_of(scores, metric), **general.items}
+    return trial.record(numbers=numbers, items=items, texts={"metric": metric, **general.texts})

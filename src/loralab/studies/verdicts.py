@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from loralab import atomic
-from loralab.studies.contrast import Contrast, Ranking
+from loralab.studies.contrast import Ranking
 from loralab.studies.evidence import by_arm, mean_of, metric_of
 from loralab.studies.study import Answer, Record, StudySetup
 from loralab.studies.wording import say
 
 FILE, FORMAT = "verdicts.json", 1
+CONTRAST = ("a", "b", "estimate", "low", "high", "verdict", "seeds")
 
 
 def write(folder: Path, studies: Mapping[str, tuple[StudySetup, Sequence[Record], Answer]]) -> None:
@@ -39,20 +40,20 @@ def verdicts(found: Ranking, records: Sequence[Record], setup: StudySetup) -> di
         "margin": found.margin,
         "recommended": _recommended(found, arms),
         "arms": [_arm(name, found, arms[name], 1 if metric.rises else -1) for name in found.means if name in arms],
-        "contrasts": [_contrast(each) for each in found.contrasts],
+        "contrasts": [{name: getattr(each, name) for name in CONTRAST} for each in found.contrasts],
     }
 
 
 def claims(answer: Answer) -> list[dict[str, Any]]:
     """Return every claim of an answer that stands on a comparison, such as that one way forgets less."""
-    told = [finding for finding in answer.findings if finding.verdict]
     return [
         {
             "claim": say(each.sentence, "en"),
             "verdict": each.verdict,
             **{name: _finite(getattr(each, name)) for name in ("effect", "low", "high")},
         }
-        for each in told
+        for each in answer.findings
+        if each.verdict
     ]
 
 
@@ -89,16 +90,4 @@ def _arm(name: str, found: Ranking, own: Sequence[Record], sign: int) -> dict[st
         "rows": len(own[0].items["score"]),
         "probability_best": found.best.get(name),
         "expected_regret": found.regret.get(name),
-    }
-
-
-def _contrast(each: Contrast) -> dict[str, Any]:
-    return {
-        "a": each.a,
-        "b": each.b,
-        "estimate": each.estimate,
-        "low": each.low,
-        "high": each.high,
-        "verdict": each.verdict,
-        "seeds": each.seeds,
     }

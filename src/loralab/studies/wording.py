@@ -25,7 +25,7 @@ def say(value: Any, language: str) -> str:
     Raises:
         KeyError: the catalogue lacks the message, or the message a value.
     """
-    return _Writer(language).write(value)
+    return _written(value, "", catalogue(language))
 
 
 @functools.cache
@@ -42,28 +42,21 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return found
 
 
-class _Writer:
+def _written(value: Any, spec: str, templates: Mapping[str, str]) -> str:
     """Fill in templates; values that are messages are written in the same language."""
-
-    def __init__(self, language: str) -> None:
-        self.templates = catalogue(language)
-
-    def write(self, value: Any, spec: str = "") -> str:
-        if not isinstance(value, Message):
-            return formatted(value, spec)
-        text = ""
-        for words, name, how, _ in string.Formatter().parse(self.templates[value.key]):
-            text = beside(text, words)
-            text = text if name is None else beside(text, self._field(value.values[name], how or ""))
-        return text
-
-    def _field(self, value: Any, spec: str) -> str:
-        if spec in JOINS:
-            return joined([self.write(part) for part in value], self.templates, spec)
-        if spec.startswith(PLURAL):
-            one, many = spec.removeprefix(PLURAL).split("|")
-            return one if value == 1 else many
-        return self.write(value, spec)
+    if spec in JOINS:
+        return joined([_written(part, "", templates) for part in value], templates, spec)
+    if spec.startswith(PLURAL):
+        one, many = spec.removeprefix(PLURAL).split("|")
+        return one if value == 1 else many
+    if not isinstance(value, Message):
+        return formatted(value, spec)
+    text = ""
+    for words, name, how, _ in string.Formatter().parse(templates[value.key]):
+        text = beside(text, words)
+        if name is not None:
+            text = beside(text, _written(value.values[name], how or "", templates))
+    return text
 
 
 def beside(left: str, right: str) -> str:

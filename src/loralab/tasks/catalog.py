@@ -251,7 +251,7 @@ def split_rows(table: DataTable, seed: int) -> dict[str, list[Row]]:
         owner = _owners(table.source, groups, missing)
         for name in ("train", *missing):
             chosen = [groups[place] for place in sorted(groups) if owner[place] == name]
-            parts[name] = [row for group in chosen for row in sorted(group, key=_json)]
+            parts[name] = [row for group in chosen for row in (sorted(group, key=_json) if len(group) > 1 else group)]
     return {name: parts[name] for name in ("train", "validation", "test")}
 
 

@@ -178,7 +178,7 @@ class Joint:
             lengths += [1] * (size - start)
         batch = {name: torch.cat([own[name] for own in batches], dim=-1) for name in batches[0]}
         batch = on_device(batch, self.model)
-        packing = Packing(tuple(lengths), causal=True)
+        packing = Packing(tuple(lengths), causal=True, device=batch["input_ids"].device)
         with self._routed(spans):
             states = packed_states(self.model, batch, packing)
         return self._by_heads(parts, spans, states, batch["targets"])

@@ -123,9 +123,9 @@ def test_training_on_other_text_raises_the_general_loss(
     "method", [LoRA(rank=2), FullFineTune(), Prefix(tokens=2), Prompt(tokens=2)], ids=lambda m: type(m).__name__
 )
 def test_a_probe_sees_no_difference_where_nothing_was_trained_and_one_where_the_states_moved(
-    method: Any, tiny_bert_folder: Path, labelled_file: Path, noise_file: Path
+    method: Any, deep_bert_folder: Path, labelled_file: Path, noise_file: Path
 ) -> None:
-    base, own = load(str(tiny_bert_folder), labels=["negative", "positive"]), find(str(noise_file))
+    base, own = load(str(deep_bert_folder), labels=["negative", "positive"]), find(str(noise_file))
     general = general_task(own, base.kind, str(labelled_file))
     assert {name: len(rows) for name, rows in general.splits.items()} == {"train": 100, "test": 30}
     bare = untrained(base, general)

@@ -80,9 +80,9 @@ def test_ranks_left_follow_the_schedule_into_the_file(
         assert len({record.series["loss"][0] for record in records if record.seed == seed}) == 1
     answer = adaptive.conclude(records, setup)
     kept = message_in(answer.sentence, "adaptive.kept").values
-    assert (kept["arm"], kept["ranks_start"], kept["ranks_left"]) == (ADALORA, 78, 52)
+    assert (kept["arm"], kept["ranks_start"], kept["ranks_left"]) == (ADALORA, 42, 28)
     uniform = next(row for row in answer.tables[0].rows if row["arm"] == LORA)
-    assert [uniform[f"ranks_{name}"] for name in ("start", "left", "in_file")] == [52] * 3
+    assert [uniform[f"ranks_{name}"] for name in ("start", "left", "in_file")] == [28] * 3
     assert uniform["stored_parameters"] == uniform["training_parameters"]
     assert not any(finding.holds for finding in answer.findings)
     assert [label for label, _ in answer.blanks] == [adaptive.WHERE, adaptive.CHALLENGES]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from loralab.native import library as native
 from loralab.training.fast import functions
-from loralab.training.fast.functions import rms_norm, swiglu, token_losses
+from loralab.training.fast.functions import chunk_of, rms_norm, swiglu, token_losses
 from loralab.training.loss import summed_loss
 
 sizes = st.integers(1, 40)
@@ -151,3 +151,11 @@ def test_outputs_may_be_changed_in_place(dtype: torch.dtype) -> None:
     for y in (rms_norm(x, weight, 1e-5), swiglu(x * 1, x * 2)):
         y.add_(1)
         y.sum().backward()
+
+
+def test_a_gpu_computes_more_logits_at_once_within_half_a_gibibyte() -> None:
+    for vocabulary in (1_000, 49_152, 128_256, 1_000_000):
+        weight = torch.empty(vocabulary, 8, device="meta")  # any device that is not the processor
+        assert chunk_of(weight) == 256 or chunk_of(weight) * vocabulary * 4 <= 2**29
+        assert chunk_of(torch.empty(vocabulary, 1)) == 256
+    assert chunk_of(torch.empty(49_152, 8, device="meta")) > 2000

@@ -7,6 +7,7 @@ that stand beside it.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -187,7 +188,10 @@ def general_task(own: Task, kind: str, asked: str = "") -> Task:
         return _few(found)
     names = _packaged(kind)
     for name in names:
-        if TASKS[name].locate() is not None and (found := _unseen(_whole(name, kind), own)) is not None:
+        if (place := TASKS[name].locate()) is None:
+            continue
+        whole = _packaged_rows(name, kind, TASKS[name], place, place.stat().st_mtime_ns)
+        if (found := _unseen(whole, own)) is not None:
             return _few(found)
     missing = "".join(f"; {name}: {TASKS[name].get()}" for name in names if TASKS[name].locate() is None)
     text = f"no packaged data is here that is not the task's own: give --general{missing}"
@@ -212,6 +216,12 @@ def _packaged(kind: str) -> tuple[str, ...]:
     if kind_named(kind).packs:
         return TEXTS
     return PICTURE_TASKS if kind_named(kind).pictures else TEXT_TASKS
+
+
+@functools.lru_cache(maxsize=4)
+def _packaged_rows(name: str, kind: str, task: Any, place: Path, changed: int) -> Task:
+    """Return `_whole` of a named task, read once in a process as long as the task and its file stay the same."""
+    return _whole(name, kind)
 
 
 def _whole(name: str, kind: str) -> Task:

@@ -12,7 +12,7 @@ beyond, T queries of a tile, C its keys.
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from loralab.native.library import Kernels, kernels_for
+from loralab.training.fast.flash import flash_attend
 
 TILE = 128  # queries
 QUERY_STEP, KEY_STEP = 32, 64  # what the sizes of a tile are multiples of
@@ -55,15 +56,22 @@ class Packing:
     Attributes:
         lengths: tokens of each row, one after the other.
         causal: no token sees a later one.
+        device: where the tokens are.
     """
 
     lengths: tuple[int, ...]
     causal: bool
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @functools.cached_property
     def starts(self) -> Tensor:
         """Return the first token of each row, and one past the last of all."""
         return torch.tensor([0, *itertools.accumulate(self.lengths)])
+
+    @functools.cached_property
+    def starts_there(self) -> Tensor:
+        """Return `starts` on the device, in int32."""
+        return self.starts.to(self.device, torch.int32)
 
     @property
     def reach(self) -> int:
@@ -116,6 +124,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, angl
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; rotation: Su et al. 2021,
     arXiv:2104.09864, equation 34.
     """
+    if q.is_cuda:
+        q, k = (x if angles is None else _turned(x, angles) for x in (q, k))
+        return flash_attend(q, k, v, packing, scale)
     compiled = _in_one_pass(q, k, v, angles)
     way = _AttendInOnePass if compiled else _Attend
     return way.apply(q, k, v, *(angles or (None, None)), packing, scale)
@@ -287,8 +298,7 @@ def _by_head(x: Tensor, heads: int, reach: int, angles: Angles | None = None, sc
         native("rotate_in", x.contiguous(), *angles, out, N, reach, heads, group, D, scale)
         return out
     if angles is not None:
-        cos, sin = angles
-        x = x * cos[:, None] + _half_turned(x) * sin[:, None]
+        x = _turned(x, angles)
     out.view(heads, reach, group, D)[:, :N] = x.reshape(N, heads, group, D).transpose(0, 1) * scale
     return out
 
@@ -309,6 +319,12 @@ def _by_token(x: Tensor, N: int, reach: int, angles: Angles | None = None, scale
         cos, sin = angles
         x = x * cos[:, None] - _half_turned(x * sin[:, None])
     return x
+
+
+def _turned(x: Tensor, angles: Angles) -> Tensor:
+    """Return x (N, H, D) turned by the angles."""
+    cos, sin = angles
+    return x * cos[:, None] + _half_turned(x) * sin[:, None]
 
 
 def _half_turned(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from loralab.tasks.examples import IGNORED, Example
 from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
 from loralab.tasks.kinds.registry import kind_named
 from loralab.training.fast.attention import Packing
+from loralab.training.fast.flash import can_flash
 from loralab.training.fast.lane_loss import lane_loss
 from loralab.training.fast.patches import Forward, known_modules, patched
 from loralab.training.loss import summed_loss
@@ -142,7 +143,8 @@ class ForwardPath:
     def _packed_loss(self, lengths: list[int], examples: Sequence[Example]) -> Tensor:
         size = rounded_up(sum(lengths))
         batch = on_device(pack(examples, size=size, pad_id=self.pad_id), self.model)
-        packing = Packing((*lengths, *[1] * (size - sum(lengths))), causal=True)
+        filled = (*lengths, *[1] * (size - sum(lengths)))
+        packing = Packing(filled, causal=True, device=batch["input_ids"].device)
         states = packed_states(self.model, batch, packing)
         here = (batch["targets"] != IGNORED).nonzero()[:, 0]
         here = F.pad(here, (0, rounded_up(len(here)) - len(here)), value=size - 1)  # no target there
@@ -199,8 +201,8 @@ def fastest_path(
             require_causal(path, examples[-1])
         for mode in MODES[:-1]:
             path.mode = mode
-            if mode == "packed" and (not own.packs or device.type != "cpu"):
-                continue  # a GPU has padded kernels that are quicker than tiles
+            if mode == "packed" and not (own.packs and _can_pack(device, _dtype(model))):
+                continue
             if mode == "packed" and seen:
                 path.refused[mode] = "there are pictures in them"
                 continue
@@ -216,6 +218,11 @@ def fastest_path(
             path.refused[mode] = problem
     path.mode = "plain"
     return path
+
+
+def _can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether attention over packed rows is quicker than over padded ones; tiles are not on a GPU."""
+    return device.type == "cpu" or can_flash(device, dtype)
 
 
 def _result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:

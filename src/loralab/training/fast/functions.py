@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from loralab.native.library import kernels_for
 
 CHUNK = 256  # tokens whose logits exist at the same time
+MAX_LOGIT_BYTES = 2**29  # of fp32 logits on a GPU, which larger chunks keep busy
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -99,8 +100,9 @@ class _TokenLosses(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         losses = torch.empty(len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden)
-        for start in range(0, len(hidden), CHUNK):
-            chunk = slice(start, start + CHUNK)
+        size = chunk_of(weight)
+        for start in range(0, len(hidden), size):
+            chunk = slice(start, start + size)
             logits = F.linear(hidden[chunk], weight, bias)
             losses[chunk], d_logits = loss_and_gradient(logits, labels[chunk])
             torch.mm(d_logits, weight, out=gradient[chunk])
@@ -115,6 +117,11 @@ class _TokenLosses(torch.autograd.Function):
         summed = len(d_losses) and d_losses.stride() == (0,)
         scale = d_losses[0] if summed else d_losses[:, None]
         return (gradient * scale).to(gradient.dtype), None, None, None
+
+
+def chunk_of(weight: Tensor) -> int:
+    """Return how many tokens' logits by a head (V, H) exist at the same time."""
+    return CHUNK if weight.device.type == "cpu" else max(CHUNK, MAX_LOGIT_BYTES // (4 * len(weight)))
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
