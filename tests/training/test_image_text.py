@@ -116,7 +116,9 @@ def test_a_run_is_certified_merged_and_answers(name: str, rows: Path, folders: d
     base = str(folders[name])
     run = loralab.train(model=base, data=str(rows), output_dir=tmp_path / "run", training=Training(**SETTINGS))
     assert run.certificate is not None and run.certificate.passed
-    assert sum(sample[0] >= WITH_PICTURES for sample in run.sample) == sum("images" in r for r in run.task.splits["validation"][:8])
+    assert sum(sample[0] >= WITH_PICTURES for sample in run.sample) == sum(
+        "images" in r for r in run.task.splits["validation"][:8]
+    )
     assert loralab.verify(tmp_path / "run").passed
     merged = loralab.merge(tmp_path / "run", tmp_path / "merged")
     assert merged.passed and merged.prompts == len(run.sample)  # the rows' own, with their pictures
