@@ -36,7 +36,7 @@ def patterns() -> set[str]:
             continue
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.add(re.escape(node.value))
+                found |= {re.escape(text) for text in (node.value, node.value.rpartition(":")[2])}
             if isinstance(node, ast.JoinedStr) and begins_with_a_section(node):
                 parts = [re.escape(p.value) if isinstance(p, ast.Constant) else r"[\w+-]+" for p in node.values]
                 found.add("".join(map(str, parts)))
@@ -74,6 +74,8 @@ def test_every_message_is_said_somewhere() -> None:
 
 def test_every_message_that_is_said_exists() -> None:
     keys = set(re.findall(r'Message\(\s*"([\w.+-]+)"', "".join(_sources())))
+    sections = "|".join(sorted({key.partition(".")[0] for key in catalogue("en")}))
+    keys |= set(re.findall(rf'"(?:\w+:[\w. ]*:)?((?:{sections})\.[\w+-]+)"', "".join(_sources())))  # of charts, columns
     keys |= {f"column.{name}" for name in re.findall(r'Column\(\s*"(\w+)"(?:, "[\w. ]+")?\)', "".join(_sources()))}
     assert keys - catalogue("en").keys() == set()
 

@@ -12,10 +12,10 @@ ones, each with its own B and G (Pi they share), which stay in the processor's c
 """
 
 import functools
-import math
 from typing import Any
 
 import torch
+from scipy import linalg
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,10 +27,7 @@ AT_ONCE = 2**19  # numbers worked on together: what stays in the cache takes hal
 @functools.lru_cache(maxsize=32)
 def hadamard(size: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
     """Return the Walsh-Hadamard matrix of a power of two in Sylvester's order, entries 1 and -1."""
-    found = torch.ones(1, 1, dtype=dtype, device=device)
-    while len(found) < size:
-        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    return found
+    return torch.as_tensor(linalg.hadamard(size), dtype=dtype, device=device)
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:
@@ -76,8 +73,8 @@ class Fastfood:
         found: Tensor = _Projection.apply(theta, self)
         return found
 
-    def forward(self, theta: Tensor) -> Tensor:
-        """Return P theta. H of a vector that is zero after its first numbers repeats itself."""
+    def product(self, theta: Tensor) -> Tensor:
+        """Return P theta without its gradient. H of a vector that is zero after its first numbers repeats itself."""
         found = theta.new_empty(self.blocks, self.block)
         for part in self._parts():
             filled = F.pad(self.B[part].to(theta) * theta, (0, self.width - self.small))
@@ -116,7 +113,7 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, theta: Tensor, fastfood: Fastfood) -> Tensor:
         ctx.fastfood = fastfood
-        return fastfood.forward(theta)
+        return fastfood.product(theta)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -125,4 +122,4 @@ class _Projection(torch.autograd.Function):
 
 def power_of_two(number: int) -> int:
     """Return the smallest power of two that is not below a number."""
-    return int(2 ** math.ceil(math.log2(max(1, number))))
+    return 1 << (number - 1).bit_length()

@@ -72,9 +72,12 @@ class Column:
 
 
 def columns(*specs: str | Column) -> list[Column]:
-    """Return columns from names, or names and formats such as "step_seconds:seconds"."""
-    named = [spec.partition(":") if isinstance(spec, str) else spec for spec in specs]
-    return [found if isinstance(found, Column) else Column(found[0], found[2]) for found in named]
+    """Return columns from names, or names and formats such as "step_seconds:seconds", and a heading's key after that."""
+    return [_column(*spec.split(":")) if isinstance(spec, str) else spec for spec in specs]
+
+
+def _column(name: str, format: str = "", heading: str = "") -> Column:
+    return Column(name, format, Message(heading) if heading else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +110,19 @@ class Chart:
     y: Message
     by: Message | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def chart(
+    kind: str,
+    name: str,
+    title: Message | str,
+    rows: Sequence[Mapping[str, Any]],
+    x: Message | str,
+    y: Message | str,
+    by: Message | str | None = None,
+    **options: Any,
+) -> Chart:
+    """Return a chart whose titles are messages, or the keys of messages that speak of no values."""
+    titles = [Message(text) if isinstance(text, str) else text for text in (title, x, y)]
+    legend = Message(by) if isinstance(by, str) else by
+    return Chart(kind, name, titles[0], rows, titles[1], titles[2], legend, options)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,20 @@ def samples(arms: Arms, metric: Metric) -> dict[str, Sample]:
     middle = float(np.median([mean_of(own, "score") for own in arms.values()]))  # losses may be worlds apart
     level = None if metric.rises else middle
     return {name: sample(own, metric, by_row=by_row, level=level) for name, own in arms.items()}
+
+
+def rank_rows(arms: Mapping[str, Sequence[Any]], metric: Metric, level: float | None = None) -> Ranking:
+    """Compare rows of anything, (seeds, rows) for each arm, where none is for taking.
+
+    Args:
+        level: the score beside which spread and margin are to be expected; None is each arm's own mean.
+    """
+    samples = {}
+    for name, rows in arms.items():
+        scores = np.asarray(rows, dtype=float)
+        spread = metric.spread_at(float(scores.mean()) if level is None else level)
+        samples[name] = Sample(scores=scores, spread=spread)
+    return rank_arms(samples, margin=metric.margin_at(level or 1.0), costs=dict.fromkeys(arms, 0.0))
 
 
 def describe_ranking(found: Ranking, arms: Arms, metric: Metric) -> Message:

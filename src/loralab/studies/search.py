@@ -16,7 +16,7 @@ from loralab.studies.prepare import question_module
 from loralab.studies.ranking import leader, ranked
 from loralab.studies.rates import Run
 from loralab.studies.study import EDGE, MISSING, Arm, Record, StudySetup, Trial
-from loralab.studies.trained import SEARCH
+from loralab.studies.trained import MEASURE, SEARCH
 
 POSSIBLE = 0.05  # an arm that is good enough with less probability is out of the race
 WORTH = 0.5  # seed noise below this share of the noise of test rows decides nothing
@@ -58,7 +58,7 @@ def walk(setup: StudySetup, arms: Sequence[Arm], obtain: Obtain, each: Each = in
         return list(module.walk(setup, arms, obtain, each))
 
     def measure_of(arm: Arm) -> str:
-        return str(arm.options.get("measure") or module.MEASURE)
+        return str(arm.options.get("measure") or getattr(module, "MEASURE", MEASURE))
 
     def tuned(arm: Arm) -> Search:
         if needs_search(setup, arm):

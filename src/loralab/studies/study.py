@@ -205,6 +205,10 @@ class Answer:
     next: Message | None = None
     ranking: Any = None
 
+    def __post_init__(self) -> None:
+        """Leave out charts in which nothing would be drawn."""
+        object.__setattr__(self, "figures", [chart for chart in self.figures if chart.rows])
+
 
 def nothing_measured(setup: StudySetup, labels: Sequence[Message | str] = ()) -> Answer:
     """Return the answer of a study that has no record yet; every blank says so."""

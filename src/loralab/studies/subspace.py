@@ -7,7 +7,7 @@ reads few rows of a table. theta_d starts at zero: step 0 is the base model.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,8 +46,9 @@ class Subspace(nn.Module):
         super().__init__()
         self.module = module.requires_grad_(False)
         self.start = moving(module)
-        layers = layers_of(self.start)
-        self.layer = [layers.index(_layer(name)) for name in self.start]
+        numbers = [layer_number(name) for name in self.start]  # None is outside of all layers
+        layers = list(dict.fromkeys(numbers))
+        self.layer = [layers.index(number) for number in numbers]
         scales = len(layers) if variant == "said" else 0
         if size <= scales:
             needed = f"said has {scales} layers here, so d must be above that; got {size}"
@@ -90,18 +91,9 @@ class Subspace(nn.Module):
 
 def moving(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of every weight that goes through P: all but the tables of embeddings."""
-    tables = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for p in module.parameters(recurse=False)
-    }
-    return {name: value.detach().clone() for name, value in model.named_parameters() if id(value) not in tables}
-
-
-def layers_of(names: Mapping[str, Any]) -> list[int]:
-    """Return the blocks that have weights, and -1 for what stands outside of them."""
-    return sorted({_layer(name) for name in names})
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    left_out = {id(p) for table in tables for p in table.parameters(recurse=False)}
+    return {name: value.detach().clone() for name, value in model.named_parameters() if id(value) not in left_out}
 
 
 def fit(subspace: Subspace, base: Base, task: Task, training: Training) -> list[float]:
@@ -139,8 +131,3 @@ def together(base: Base, examples: Sequence[Example]) -> dict[str, Tensor]:
     device = next(base.model.parameters()).device
     batch = collate(examples, pad_id=base.tokenizer.pad_token_id or 0, kind=base.kind, pictures=base.tokenizer)
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def _layer(name: str) -> int:
-    number = layer_number(name)
-    return -1 if number is None else number

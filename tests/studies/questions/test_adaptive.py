@@ -13,7 +13,7 @@ from loralab.studies.fields import configured
 from loralab.studies.places import place_of
 from loralab.studies.prepare import base_of
 from loralab.studies.questions import adaptive
-from loralab.studies.readings.final_ranks import agreement, is_adaptive
+from loralab.studies.questions.adaptive import agreement, is_adaptive
 from loralab.studies.study import Record, StudySetup
 
 SETUP = StudySetup(study="adaptive", model="m", data="d")

@@ -17,12 +17,15 @@ from torch import nn
 from loralab.adapters.spectrum import overlap
 from loralab.errors import ConfigError
 from loralab.studies import verdicts
-from loralab.studies.measures import dimension, frozen, overlaps, spectra
+from loralab.studies.measures import dimension as measured_dimension
+from loralab.studies.measures import frozen, overlaps, spectra
 from loralab.studies.message import Message
 from loralab.studies.questions import lowrank
-from loralab.studies.readings.directions import Reached
-from loralab.studies.readings.intruders import intruders_of
-from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup
+from loralab.studies.readings import dimension
+from loralab.studies.readings.intruders import intruders
+from loralab.studies.readings.low_rank import Part
+from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, Trial
+from loralab.studies.trained import measured
 from loralab.studies.wording import LANGUAGES, say
 from loralab.training.preflight import load_base
 
@@ -154,9 +157,7 @@ def test_d90_is_where_it_was_planted() -> None:
     ],
 )
 def test_an_interval_that_says_nothing_is_not_said_as_one(kind: str, value: float, low: float, high: float) -> None:
-    reached = Reached(tried=(10, 100, 1000), value=value, low=low, high=high)
-    assert reached.kind == kind
-    finding = lowrank.d90_finding("DID", reached, 5000)
+    finding = dimension.reached("DID", (10, 100, 1000), value, (low, high), 5000)
     assert finding.sentence.key == f"lowrank.d90_{kind}"
     assert finding.holds == math.isfinite(high)
     assert (finding.effect is None) == (kind not in ("found", "at_most"))
@@ -170,7 +171,7 @@ def test_a_dip_does_not_hide_d90_and_the_interval_holds_it() -> None:
     found = {d: np.asarray(rows_at(y, str(d))) for d, y in heights.items()}
     assert dimension.target(full_, low) == pytest.approx(0.77)
     value = dimension.smallest(found, full_, low)
-    first, last = dimension.interval(found, full_, low, np.random.default_rng(0))
+    first, last = dimension.interval(found, full_, low)
     assert first <= value == 10 <= last < math.inf
 
 
@@ -253,6 +254,25 @@ def test_it_runs_on_a_tiny_model(
     assert sum("phi" in f.name for f in answer.figures) == 4
 
 
+def test_what_decides_is_what_every_arm_is_scored_by(tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
+    setup = setup_of("lowrank", tiny_bert_folder, noise_file, seeds=1, metric="loss")
+    arms = {
+        "base": Arm(name="base", options={"measure": measured_dimension.MEASURE_FLOOR}),
+        "did": Arm(name="did", options={"measure": measured_dimension.MEASURE_DIMENSION, "variant": "did", "d": 10}),
+        "head": Arm(name="head", options={"measure": frozen.MEASURE_FROZEN}),
+    }
+    found = {}
+    for name, arm in arms.items():
+        own = replace(arm, options={**arm.options, "rates": [1.0]})
+        trial = Trial(measure=own.options["measure"], setup=setup, arm=own, seed=0)
+        found[name] = measured(trial, tmp_path / name, lambda event: None)
+    for name in ("base", "did"):
+        assert found[name].texts["metric"] == "loss"
+        assert max(found[name].items["score"]) < 0
+        assert "majority" not in found[name].items
+    assert (found["head"].status, found["head"].items) == ("failed", {})
+
+
 def test_the_values_are_numbers_of_directions(tiny_bert_folder: Path, noise_file: Path) -> None:
     from loralab.studies.trained import rows_of
 
@@ -323,7 +343,7 @@ def intruding(shares: Mapping[str, float], gained: float = 0.0, seeds: int = 2) 
 
 
 def verdicts_of(records: list[Record]) -> dict[str, str]:
-    (found,) = intruders_of(records, lowrank.FULL, lowrank.PAIRS)
+    found = intruders(records, lowrank.FULL, lowrank.PAIRS)
     names = ("r=8", "r=64", "elsewhere", "task")
     return dict(zip(names, (f.verdict for f in found.findings), strict=True))
 
@@ -349,7 +369,7 @@ def test_intruders_stand_in_the_answer_beside_chance(tmp_path: Path) -> None:
     table = next(t for t in answer.tables if t.title.key == "lowrank.intruder_table")
     assert [row["run"] for row in table.rows] == ["r=8", "r=64", "full"]
     assert_it_renders(answer, "lowrank")
-    assert intruders_of([], lowrank.FULL, lowrank.PAIRS) == []
+    assert intruders([], lowrank.FULL, lowrank.PAIRS) == Part()
     verdicts.write(tmp_path, {"lowrank": (SETUP, records, answer)})
     stored = json.loads((tmp_path / verdicts.FILE).read_text(encoding="utf-8"))["claims"]
     assert [(own["verdict"], own["effect"]) for own in stored] == [

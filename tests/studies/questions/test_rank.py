@@ -1,7 +1,10 @@
 """The rank study finds what was put there, and nothing where nothing is."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from studies.conftest import Here, keys_in, planted, setup_of
 from torch import nn
@@ -62,6 +65,20 @@ def test_on_noise_no_rank_is_better(here: Here, tiny_bert_folder: Path, noise_fi
     assert "rank.cut" not in keys_in(answer.sentence)  # where nothing was learnt, any cut keeps it
     assert [label for label, _ in answer.blanks] == ["rank=1", "rank=2", "rank=8"]
     assert answer.figures
+
+
+def test_cuts_are_scored_by_what_decides(here: Here, tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
+    setup = setup_of("rank", tiny_bert_folder, noise_file, values=("1", "2"), seeds=1, metric="loss")
+    cut = next(record for record in here(setup, tmp_path) if "cut 1" in record.items)
+    assert cut.texts["metric"] == "loss"
+    assert len(cut.items["cut 1"]) == len(cut.items["score"])
+    assert np.mean(cut.items["cut 1"]) == pytest.approx(np.mean(cut.items["score"]), abs=0.3)
+
+
+def test_a_metric_that_no_row_has_draws_its_cuts() -> None:
+    records = [replace(r, items={"score": [0.7], "cut 2": [0.6]}) for r in planted("r=8", [0.7], seeds=2)]
+    (row,) = next(chart for chart in rank.conclude(records, SETUP).figures if chart.name == "rank-cut").rows
+    assert row["low"] < row["value"] < row["high"]
 
 
 def test_nothing_measured_is_said() -> None:

@@ -14,7 +14,7 @@ from loralab.errors import ConfigError
 from loralab.studies.fields import configured
 from loralab.studies.prepare import base_of
 from loralab.studies.questions import scaling
-from loralab.studies.readings.sweep import Sweep
+from loralab.studies.readings.sweep import Sweep, diverged
 from loralab.studies.study import DIVERGED, MISSING, Answer, Arm, Record, StudySetup
 
 SETUP = StudySetup(study="scaling", model="m", data="d")
@@ -159,10 +159,10 @@ def test_what_is_ranked_are_arms_that_were_trained() -> None:
 def test_runs_that_diverged_are_counted_and_never_chosen() -> None:
     records = planted(steady, lost=("none", 1e-3))
     sweep = Sweep.of(records)
-    assert sweep.diverged("none") == (4, 12)
-    assert sweep.diverged("alpha/r") == (0, 12)
-    assert 1e-3 not in sweep.ended(("none", 4))
-    assert sweep.best(("none", 4)) in (1e-4, 1e-2)
+    assert diverged(sweep.scalings["none"]) == (4, 12)
+    assert diverged(sweep.scalings["alpha/r"]) == (0, 12)
+    assert 1e-3 not in sweep.cells["none", 4].ended
+    assert sweep.cells["none", 4].best in (1e-4, 1e-2)
     answer = scaling.conclude(records, SETUP)
     counts = [m.values for m in messages_in(answer.blanks[0][1]) if m.key == "scaling.diverged"]
     assert {c["scaling"]: (c["lost"], c["runs"]) for c in counts}["none"] == (4, 12)
@@ -175,11 +175,11 @@ def test_the_target_is_halfway_and_reached_as_counted_by_hand() -> None:
     curve = np.linspace(1.0, 0.5, 40)  # of the best rate, for every scaling and rank
     starts = [np.linspace(1.0, 0.5 + 0.2 * d**2, 40)[:3].mean() for d in (-1, 0, 1)]
     target = (np.mean(starts) + curve[-5:].mean()) / 2
-    assert sweep.target() == pytest.approx(target)
+    assert sweep.target == pytest.approx(target)
     smooth = [curve[max(0, i - 4) : i + 1].mean() for i in range(40)]
     by_hand = next(i + 1 for i, value in enumerate(smooth) if value <= target)
-    assert sweep.steps_to(("none", 64), sweep.target()) == by_hand
-    assert sweep.steps_to(("none", 64), 0.1) is None
+    assert sweep.cells["none", 64].steps_to(sweep.target) == by_hand
+    assert sweep.cells["none", 64].steps_to(0.1) is None
 
 
 def test_one_rate_for_all_is_said_to_be_that_and_advises_nothing() -> None:
@@ -192,7 +192,7 @@ def test_one_rate_for_all_is_said_to_be_that_and_advises_nothing() -> None:
 
 def test_test_rows_choose_no_rate() -> None:
     records = [replace(r, numbers={**r.numbers, "score": 1.0}) if r.rate == 1e-2 else r for r in planted(steady)]
-    assert Sweep.of(records).best(("alpha/r", 4)) == 1e-3
+    assert Sweep.of(records).cells["alpha/r", 4].best == 1e-3
 
 
 def test_every_blank_is_filled_whatever_is_missing() -> None:

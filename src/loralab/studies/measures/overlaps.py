@@ -10,7 +10,7 @@ Axes: I in_features, O out_features, K directions.
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,16 +115,5 @@ def amplified(A: Tensor, B: Tensor, scaling: float, weight: Tensor) -> dict[str,
     inside = float((U.T @ weight @ V).norm())
     chance = count / math.sqrt(weight.numel()) * float(weight.norm())
     own = float(values_of(weight)[:count].square().sum().sqrt())
-    return {
-        "update": size,
-        "weight": float(weight.norm()),
-        "inside": inside,
-        "chance": chance,
-        "own": own,
-        "factor": size / inside if inside else math.inf,
-    }
-
-
-def logs(rows: Sequence[Mapping[str, Any]], rank: int, key: str) -> list[float]:
-    """Return the logarithm of a positive number of every module."""
-    return [math.log(max(float(row[key]), 1e-30)) for row in rows if row["rank"] == rank]
+    found = {"update": size, "weight": float(weight.norm()), "inside": inside, "chance": chance, "own": own}
+    return {**found, "factor": size / inside if inside else math.inf}

@@ -55,19 +55,13 @@ def watched_budget(
 
     Before its first step every lambda is zero: what is seen then says nothing.
     """
-    left = [sum(v for k, v in step.items() if k.endswith(LAMBDA)) for step in seen[1:]]
-    left.append(float(sum(ranks.values())))
+    left = [sum(v for k, v in step.items() if k.endswith(LAMBDA)) for step in seen[1:]] + [float(sum(ranks.values()))]
     config, modules, steps = run.adapter.config, len(ranks), run.steps
     planned = [float(budget_at(n, config, modules, steps)) for n in range(1, steps + 1)]
     target = config.target_rank * modules
-    numbers: dict[str, float] = {
-        "ranks_left": sum(ranks.values()),
-        "ranks_target": target,
-        "modules": modules,
-        "ranks_start": config.rank * modules,
-        "steps_above": sum(count > target for count in left),
-        "steps": steps,
-    }
+    above = sum(count > target for count in left)
+    numbers: dict[str, float] = {"ranks_left": sum(ranks.values()), "ranks_target": target, "modules": modules}
+    numbers |= {"ranks_start": config.rank * modules, "steps_above": above, "steps": steps}
     return numbers, {"budget": left, "schedule": planned}
 
 

@@ -4,7 +4,6 @@ Beside each stands a random matrix of the same shape: a matrix of numbers that h
 with each other also has some directions that are larger than others.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,8 +88,3 @@ def of_values(values: Tensor) -> dict[str, Any]:
         "stable": stable_rank(values),
         "energy": [float(energy[max(1, round(share * most)) - 1]) for share in SHARES],
     }
-
-
-def shares_of(rows: Sequence[Mapping[str, Any]], key: str = "rank90") -> list[float]:
-    """Return a number of directions of every module as a share of all that it has."""
-    return [float(row[key]) / float(row["most"]) for row in rows]

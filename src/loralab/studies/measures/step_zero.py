@@ -3,10 +3,12 @@
 Damage is measured in fp32, so that the rounding of a half-precision base does not count as such.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from loralab.errors import LearningError
 from loralab.models.load import Base
 from loralab.studies.fields import configured
 from loralab.studies.measures.carried import base_for
-from loralab.studies.measures.watch import gradient_norm, named, outputs_of, watched
+from loralab.studies.measures.watch import gradient_norm, hidden_states, named, outputs_of, watched
 from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, diverged, scored, trained
 from loralab.tasks.encode import encode
@@ -59,26 +61,20 @@ def norms(seen: Sequence[Mapping[str, float]], whole: Sequence[float]) -> dict[s
     """
     curves: dict[str, list[float]] = {f"gradient_{part}": [] for part in PARTS}
     for step, total in zip(seen, whole, strict=True):
-        squares = dict.fromkeys(PARTS, 0.0)
-        for name, length in step.items():
-            squares[part_of(name)] += length**2
-        clipped = math.sqrt(sum(squares.values()))
-        factor = total / clipped if clipped else 1.0
-        for part, square in squares.items():
-            curves[f"gradient_{part}"].append(factor * math.sqrt(square))
+        lengths = {part: math.hypot(*(own for name, own in step.items() if part_of(name) == part)) for part in PARTS}
+        factor = total / (math.hypot(*lengths.values()) or math.inf)
+        for part, length in lengths.items():
+            curves[f"gradient_{part}"].append(factor * length)
     return curves
 
 
 def part_of(name: str) -> str:
     """Return which of PARTS a trained tensor belongs to, by its path."""
     last = name.rsplit(".", 1)[-1]
-    if "lora_" not in last:
-        return "head"
-    return last.rsplit("_", 1)[-1]
+    return last.rsplit("_", 1)[-1] if "lora_" in last else "head"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outputs:
+class Outputs(NamedTuple):
     """The outputs of a model for a batch: mean loss of each row, logits (M, C), features (N, H)."""
 
     losses: Tensor
@@ -104,13 +100,8 @@ def start_of(trial: Trial) -> tuple[dict[str, float], list[float]]:
 
 def few_labels(examples: Sequence[Example], kind: str) -> list[Example]:
     """Return the first examples, at least one, whose labels are few enough for all logits to be kept."""
-    total, found = 0, list[Example]()
-    for example in examples:
-        total += labelled_tokens(example, kind)
-        if found and total > LABELS:
-            break
-        found.append(example)
-    return found
+    totals = itertools.accumulate(labelled_tokens(example, kind) for example in examples)
+    return list(examples[: max(1, sum(total <= LABELS for total in totals))])
 
 
 def compared(before: Sequence[Outputs], after: Sequence[Outputs]) -> tuple[dict[str, float], list[float]]:
@@ -130,24 +121,18 @@ def compared(before: Sequence[Outputs], after: Sequence[Outputs]) -> tuple[dict[
 
 @torch.no_grad()
 def outputs(base: Base, examples: Sequence[Example]) -> list[Outputs]:
-    """Return losses, logits and last hidden states of a model, batch by batch."""
-    batches = by_length(base.model, base.tokenizer, examples, base.kind, 32)
-    return [_of_batch(base, batch) for _, batch in batches]
-
-
-def _of_batch(base: Base, batch: Mapping[str, Tensor]) -> Outputs:
-    """Return the outputs of a batch; the features are what the head reads, without padding."""
-    with outputs_of(base.model) as seen:
-        logits, labels, rows = kind_named(base.kind).labelled(base.model, batch)
-    logits = logits.float()
-    losses = kind_named(base.kind).losses(logits, labels)
-    sums = losses.new_zeros(int(rows.max()) + 1).index_add_(0, rows, losses)
-    mask = batch.get("attention_mask")
-    out = seen[0]  # T5 has no model around its encoder and its decoder
-    states = out.last_hidden_state if "last_hidden_state" in out else out.encoder_last_hidden_state
-    read = mask is not None and mask.shape == states.shape[:2]  # a decoder of its own reads other places
-    features = states[mask.bool()] if mask is not None and read else states.flatten(0, -2)
-    return Outputs(losses=sums / rows.bincount().clamp_min(1), logits=logits, features=features.float())
+    """Return losses, logits and last hidden states of a model, batch by batch; of these what the head reads."""
+    found = []
+    for _, batch in by_length(base.model, base.tokenizer, examples, base.kind, 32):
+        with outputs_of(base.model) as seen:
+            logits, labels, rows = kind_named(base.kind).labelled(base.model, batch)
+        losses = kind_named(base.kind).losses(logits.float(), labels)
+        sums = losses.new_zeros(int(rows.max()) + 1).index_add_(0, rows, losses)
+        mask, states = batch.get("attention_mask"), hidden_states(seen[0])
+        read = mask is not None and mask.shape == states.shape[:2]  # a decoder of its own reads other places
+        features = states[mask.bool()] if mask is not None and read else states.flatten(0, -2)
+        found.append(Outputs(sums / rows.bincount().clamp_min(1), logits.float(), features.float()))
+    return found
 
 
 def _apart(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:

@@ -64,9 +64,9 @@ def measure_task(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 
 def with_majority(record: Record, task: Task) -> Record:
-    """Add the score of the commonest label said always, where rows have labels and were scored."""
+    """Add the score of the commonest label said always, where rows have labels and accuracy is what was scored."""
     found = majority(task)
-    if not found or not record.items:
+    if not found or not record.items or record.texts.get("metric") != "accuracy":
         return record
     numbers = {**record.numbers, "majority": statistics.fmean(found)}
     return replace(record, numbers=numbers, items={**record.items, "majority": found})

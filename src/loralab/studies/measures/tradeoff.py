@@ -13,7 +13,7 @@ import torch
 
 from loralab import atomic
 from loralab.errors import LearningError, LoralabError
-from loralab.studies.measures.forgetting import general_task, kind_of, looking
+from loralab.studies.measures.forgetting import general_task, looking, texts_of
 from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, diverged, request_of, score
 from loralab.training import preflight
@@ -68,4 +68,4 @@ def followed(trial: Trial, folder: Path, tell: Tell) -> tuple[list[dict[str, Any
     with torch.random.fork_rng():
         torch.manual_seed(own_seed(training.seed))
         run_steps(begin_run(replace(request, training=training), prepared, folder, note, None).steps)
-    return points, {"general": general.name, "general_kind": kind_of(base)}
+    return points, texts_of(general, base)

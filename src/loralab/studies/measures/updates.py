@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import dense_weight
+from loralab.adapters.spectrum import singular_values
 from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.errors import RunError
 from loralab.studies.measures.layers import low_rank
-from loralab.studies.message import Chart, Column, Message, Table
+from loralab.studies.message import Chart, Message, Table, chart, columns
 from loralab.studies.places import layer_rows, layout, outside, source_reaches_mlp, type_of
 from loralab.studies.prepare import base_of
 from loralab.studies.store import RECORD
@@ -76,7 +76,8 @@ def sizes(adapter: Adapter) -> list[dict[str, Any]]:
     ratios: dict[str, list[float]] = defaultdict(list)
     squares: dict[str, float] = defaultdict(float)
     for path, module in low_rank(adapter).items():
-        length = update_norm(*module.factors())
+        A, B, scaling = module.factors()
+        length = float(singular_values(A.double(), B.double(), scaling).norm())
         ratios[type_of(path)].append(length / float(dense_weight(module.base).double().norm()))
         squares[type_of(path)] += length**2
     total = math.fsum(squares.values()) or 1.0
@@ -86,26 +87,20 @@ def sizes(adapter: Adapter) -> list[dict[str, Any]]:
     ]
 
 
-def update_norm(A: Tensor, B: Tensor, scaling: float) -> float:
-    """Return |s B A| without the product: |BA|^2 is the trace of (B'B)(AA')."""
-    a, b = A.double(), B.double()
-    return abs(scaling) * math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
-
-
-def update_chart(tables: Mapping[str, Any]) -> list[Chart]:
+def update_chart(tables: Mapping[str, Any]) -> Chart:
     """Return the relative size of the update by type of module, the largest first."""
     order = sorted(tables.get("updates", ()), key=lambda row: -row["ratio"])
     rows = [{"arm": row["type"], "value": row["ratio"]} for row in order]
-    title, x, y = (Message(f"targets.{name}") for name in ("updates_chart", "updated_module", "relative_update"))
-    return [Chart("bars", "importance", title, rows, x, y)] if rows else []
+    axes = ("targets.updated_module", "targets.relative_update")
+    return chart("bars", "importance", "targets.updates_chart", rows, *axes)
 
 
 def layers_table(tables: Mapping[str, Any]) -> list[Table]:
     """Return what the choices mean on this model."""
     if not tables.get("layers"):
         return []
-    columns = (Column("layer"), Column("shape"), Column("count"), Column("adapted_by"))
-    return [Table(title=Message("table.layers"), columns=columns, rows=layer_rows(tables["layers"]))]
+    shown = columns("layer", "shape", "count", "adapted_by")
+    return [Table(title=Message("table.layers"), columns=shown, rows=layer_rows(tables["layers"]))]
 
 
 def source_names(tables: Mapping[str, Any]) -> list[Message]:

@@ -46,6 +46,12 @@ def outputs_of(model: Any) -> Iterator[list[Any]]:
         handle.remove()
 
 
+def hidden_states(output: Any) -> Any:
+    """Return the last hidden states of such an output; T5 has no model around its encoder and its decoder."""
+    states = getattr(output, "last_hidden_state", None)
+    return getattr(output, "encoder_last_hidden_state", None) if states is None else states
+
+
 def named(seen: Seen, adapter: Adapter) -> list[dict[str, float]]:
     """Return the same by the names of the tensors, which must all be alive still."""
     names = {id(parameter): name for name, parameter in adapter.named_parameters().items()}

@@ -9,24 +9,14 @@ from loralab.adapters.methods import INITS
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import claim, means_of
-from loralab.studies.measures.step_zero import MEASURE_START
-from loralab.studies.message import Column, Message, Table, sentences
+from loralab.studies.measures.step_zero import MEASURE_START as MEASURE
+from loralab.studies.message import Message, Table, columns, sentences
 from loralab.studies.ranking import FLOOR
-from loralab.studies.readings.starts import (
-    LOSS,
-    MOVED,
-    Start,
-    first_losses,
-    gradient_chart,
-    loss_chart,
-    starts_of,
-    step_zero_chart,
-)
-from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
+from loralab.studies.readings.starts import LOSS, MOVED, Start, charts_of, first_losses, starts_of
+from loralab.studies.study import DIVERGED, Answer, Arm, Finding, Record, StudySetup, nothing_measured
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
-MEASURE = MEASURE_START
 ZERO, KAIMING, PISSA = "B = 0", "B Kaiming", "PiSSA"
 NAMES = {"kaiming": ZERO, "b_kaiming": KAIMING, "gaussian": "A Gaussian", "pissa": PISSA, "orthogonal": "A orthogonal"}
 USUAL = ("b_kaiming", "gaussian", "pissa")  # beside the reference
@@ -58,24 +48,21 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     found = compare_arms(records, setup, aside=())
     has_zero = found is not None and ZERO in found.arms
     finals = {name: found.claim(name, ZERO) for name in found.arms if name != ZERO} if found and has_zero else {}
-    losses = first_losses(starts)
+    final = finals.get(KAIMING)
+    experiments = [_experiment(name, starts, found) for name in (ZERO, KAIMING)]
+    blanks = [*experiments, _influence(starts, final), _why(starts, final), _knowledge(starts)]
     parts: dict[str, Any] = {
-        "sentence": _sentence(starts, finals.get(KAIMING)),
+        "sentence": _sentence(starts, final),
         "findings": [*_damage(starts), *finals.values()],
-        "blanks": list(zip(LABELS, _blanks(starts, found, finals.get(KAIMING)), strict=True)),
-        "figures": [*loss_chart(losses), step_zero_chart(starts), *gradient_chart(starts)],
+        "blanks": list(zip(LABELS, blanks, strict=True)),
+        "figures": charts_of(starts),
     }
-    table = _start_table(starts, losses)
+    table = _start_table(starts)
     if found is None:
         return Answer(**parts, tables=[table])
-    advice = _advice(found) if finals else {}
-    return found.answer(**parts, tables=[table, found.scores], advice=advice)
-
-
-def _advice(found: Comparison) -> dict[str, str]:
-    """Return the start of the recommended arm; the usual one stands first among equals."""
-    named = {name: init for init, name in NAMES.items()}
-    return {"init": named[found.ranking.recommended]} if found.ranking.recommended else {}
+    # the usual start stands first among equals
+    taken = [init for init, name in NAMES.items() if finals and name == found.ranking.recommended]
+    return found.answer(**parts, tables=[table, found.scores], advice={"init": taken[0]} if taken else {})
 
 
 def _damage(starts: Mapping[str, Start]) -> list[Finding]:
@@ -90,7 +77,7 @@ def _damage(starts: Mapping[str, Start]) -> list[Finding]:
 
 def _off(start: Start) -> Message:
     """Say how far the logits before training are from the base model's."""
-    if start.is_exact:
+    if all(run.numbers["start_equal"] for run in start.runs):  # bit for bit
         return Message("init.equal")
     if start.is_base:
         return Message("init.rounding", share=start.mean("start_logits"))
@@ -104,17 +91,6 @@ def _sentence(starts: Mapping[str, Start], final: Finding | None) -> Message:
         return Message("init.neither")
     end = None if final is None else Message(f"init.end_{final.verdict}", claim=final.sentence)
     return sentences(*(Message("init.logits", start=name, off=_off(starts[name])) for name in pair), end)
-
-
-def _blanks(starts: Mapping[str, Start], found: Comparison | None, final: Finding | None) -> list[Message]:
-    """Fill in the source's two experiments, then its three questions."""
-    return [
-        _experiment(ZERO, starts, found),
-        _experiment(KAIMING, starts, found),
-        _influence(starts, final),
-        _why(starts, final),
-        _knowledge(starts),
-    ]
 
 
 def _experiment(name: str, starts: Mapping[str, Start], found: Comparison | None) -> Message:
@@ -148,7 +124,8 @@ def _why(starts: Mapping[str, Start], final: Finding | None) -> Message:
     start = Message("init.why", zero=_off(starts[ZERO]), kaiming=_off(starts[KAIMING]))
     if final is not None:
         return sentences(start, Message(f"init.why_{final.verdict}"))
-    return sentences(start, Message("init.kaiming_diverged" if starts[KAIMING].has_diverged else "init.no_score"))
+    lost = any(run.status == DIVERGED for run in starts[KAIMING].runs)
+    return sentences(start, Message("init.kaiming_diverged" if lost else "init.no_score"))
 
 
 def _knowledge(starts: Mapping[str, Start]) -> Message:
@@ -160,21 +137,15 @@ def _knowledge(starts: Mapping[str, Start]) -> Message:
     return sentences(known, Message("init.pissa") if PISSA in keep else None)
 
 
-def _start_table(starts: Mapping[str, Start], losses: Mapping[str, Sequence[float]]) -> Table:
+def _start_table(starts: Mapping[str, Start]) -> Table:
     """Return step 0 and the first steps of every start."""
-    means = (
-        *(Column(name, "fine percent") for name in MOVED),
-        Column("start_kl", ".2g"),
-        *(Column(name, "plain") for name in ("base_loss", "start_loss")),
-    )
-    steps = (
-        *(Column(f"gradient_{part}", "short") for part in ("A", "B")),
-        *(Column(name, "plain") for name in ("first_loss", "first_losses")),
-    )
-    rows = []
+    means = (*(f"{name}:fine percent" for name in MOVED), "start_kl:.2g", "base_loss:plain", "start_loss:plain")
+    steps = ("gradient_A:short", "gradient_B:short", "first_loss:plain", "first_losses:plain")
+    losses, rows = first_losses(starts), []
     for name, start in starts.items():
         firsts = {f"gradient_{part}": next(iter(start.gradients(part)), None) for part in ("A", "B")}
         curve = losses.get(name)
         own_losses = {"first_loss": curve[0], "first_losses": float(np.mean(curve))} if curve else {}
-        rows.append({"start": name, **means_of(start.runs, [c.name for c in means]), **firsts, **own_losses})
-    return Table(title=Message("table.step_zero"), columns=(Column("start"), *means, *steps), rows=rows)
+        known = means_of(start.runs, (*MOVED, "start_kl", "base_loss", "start_loss"))
+        rows.append({"start": name, **known, **firsts, **own_losses})
+    return Table(title=Message("table.step_zero"), columns=columns("start", *means, *steps), rows=rows)

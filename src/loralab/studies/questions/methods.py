@@ -15,19 +15,16 @@ from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import best_arm, mean_of, parameters, score_column
 from loralab.studies.measures.passes import MEASURE_PASSES, MERGED
 from loralab.studies.measures.tradeoff import MEASURE_TRADEOFF
-from loralab.studies.message import Column, Message, Table, numbered, sentences
+from loralab.studies.message import Message, Table, columns, numbered, sentences
 from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step
 from loralab.studies.rates import usual
-from loralab.studies.readings.forgetting import Claim, Tradeoffs, published_claims
+from loralab.studies.readings.forgetting import Tradeoffs, published_claims
 from loralab.studies.readings.latencies import Latencies, added, in_short, pass_chart, pass_findings, pass_table
 from loralab.studies.readings.published import published_table
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import MARGIN
-from loralab.studies.trained import BASE_ARM, LEFT_OUT, MEASURE
+from loralab.studies.trained import BASE_ARM, LEFT_OUT
 from loralab.training.memory import available_bytes
-from loralab.values import check_choice
-
-__all__ = ["MEASURE", "arms", "conclude"]
 
 REFERENCE = {"method": "lora", "rank": 8}
 LARGE, SMALL = "r=8", "r=2"
@@ -42,8 +39,8 @@ LATENCY, TRADEOFF, FULL = "latency", "learning and forgetting", "full"
 SHORT_RUN = 10**0.5  # times the usual rate, on the way to learning against forgetting
 STATE, ROOM = 16, 0.8  # bytes of a weight, its gradient and moments; share of the free memory that they may take
 SECONDS, TRIALS = (150, 20), (25, 12)  # of the latency trial: thorough, quick
-SOURCE = ("LoRA", "Adapter", "Prefix-tuning")  # the rows of the source's table
 FAMILIES = {"lora": "LoRA", "houlsby": "Adapter", "pfeiffer": "Adapter", "prefix": "Prefix-tuning"}
+SOURCE = tuple(dict.fromkeys(FAMILIES.values()))  # the rows of the source's table
 CHOICE = Message("methods.choice")
 
 
@@ -60,20 +57,22 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
     pairs = SHORT if setup.quick and not setup.values else LONG
     found += [_sized(base, method, size, budgets[size]) for method, size in pairs if method in wanted]
     if not setup.quick and "prefix-mlp" in wanted:
-        found += _through_network(found)
-    others = [method for method in wanted if method not in SIZES and (setup.values or _is_possible(base, method))]
-    found += [_sizeless(base, method) for method in others]
+        prefixes = [arm for arm in found if "tokens" in arm.fields]  # as long as those trained directly
+        found += [
+            replace(arm, name=f"prefix-mlp p={arm.fields['tokens']}", fields={**arm.fields, "method": "prefix-mlp"})
+            for arm in prefixes
+        ]
+    others = (method for method in wanted if method not in SIZES)
+    found += [arm for method in others for arm in _sizeless(base, method, asked=bool(setup.values))]
     unique = {arm.name: arm for arm in found}
     on_the_way = [_tradeoff(setup)] if FULL in unique and unique[FULL].tuned else []
     return [BASE_ARM, *unique.values(), *on_the_way, _latency(setup, base, budgets)]
 
 
-def _wanted(setup: StudySetup) -> tuple[str, ...]:
+def _wanted(setup: StudySetup) -> list[str]:
     """Return the methods to compare with LoRA, those of other packages too."""
     known = (*SIZES, *SIZELESS, *(name for name, spec in specs().items() if is_outside(spec)))
-    for value in setup.values:
-        check_choice("values", value, known)
-    return setup.values or ((*(method for method, _ in SHORT), FULL) if setup.quick else known)
+    return setup.chosen(known, (*(method for method, _ in SHORT), FULL) if setup.quick else known)
 
 
 def _sized(base: Base, method: str, budget: str, parameters: int) -> Arm:
@@ -86,40 +85,27 @@ def _sized(base: Base, method: str, budget: str, parameters: int) -> Arm:
     return Arm(name=name, fields=fields, options={"budget": budget})
 
 
-def _through_network(found: Sequence[Arm]) -> list[Arm]:
-    """Return prefixes as long as those trained directly, written by a network that is dropped at the end."""
-    return [
-        replace(arm, name=f"prefix-mlp p={arm.fields['tokens']}", fields={**arm.fields, "method": "prefix-mlp"})
-        for arm in found
-        if arm.fields.get("method") == "prefix" and "tokens" in arm.fields
-    ]
+def _sizeless(base: Base, method: str, *, asked: bool) -> list[Arm]:
+    """Return a method that has no size; none where the model cannot have it, and nobody asked for it.
 
-
-def _is_possible(base: Base, method: str) -> bool:
-    """Tell whether the model can have a method."""
-    try:
-        trained_parameters(base, {"method": method})
-    except InputError:
-        return False
-    return True
-
-
-def _sizeless(base: Base, method: str) -> Arm:
-    """Return a method that has no size; full fine-tuning that does not fit into memory is left out by name."""
+    Full fine-tuning that does not fit into memory is left out by name.
+    """
     fields: Fields = {"method": method}
-    needed = STATE * trained_parameters(base, fields) if method == FULL else 0
-    if needed < ROOM * available_bytes(device_here()):
-        return Arm(name=method, fields=fields)
+    try:
+        needed = STATE * trained_parameters(base, fields)
+    except InputError:
+        return [Arm(name=method, fields=fields)] if asked else []
+    if method != FULL or needed < ROOM * available_bytes(device_here()):
+        return [Arm(name=method, fields=fields)]
     reason = f"its weights, gradients and moments take {needed / 1e9:.3g} GB, and less than that is free"
-    return Arm(name=method, fields=fields, options={"measure": LEFT_OUT, "reason": reason}, tuned=False)
+    return [Arm(name=method, fields=fields, options={"measure": LEFT_OUT, "reason": reason}, tuned=False)]
 
 
 def _tradeoff(setup: StudySetup) -> Arm:
     """Return one trial that trains LoRA and every weight, and looks at both on their way."""
     arms: dict[str, dict[str, Any]] = {f"lora {LARGE}": dict(REFERENCE), FULL: {"method": FULL}}
-    for fields in arms.values():
-        if "learning_rate" not in setup.fields:
-            fields["learning_rate"] = SHORT_RUN * usual(setup, Arm(name="", fields=fields))
+    for fields in arms.values() if "learning_rate" not in setup.fields else ():
+        fields["learning_rate"] = SHORT_RUN * usual(setup, Arm(name="", fields=fields))
     return Arm(name=TRADEOFF, options={"measure": MEASURE_TRADEOFF, "arms": arms}, tuned=False)
 
 
@@ -142,45 +128,41 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     if found is None:
         return replace(nothing_measured(setup, (*SOURCE, CHOICE)), tables=passes, findings=pass_findings(times))
     refused = Message("methods.not_timed", variants=list(times.refused)) if times.refused else None
-    forgetting = published_claims(records, found, _lora(found), FULL)
-    published = published_table(found, times, _lora(found), of_budget(found, LARGE), [own.row for own in forgetting])
+    claimed, on_forgetting = published_claims(records, found, _lora(found), FULL)
+    published = published_table(found, times, _lora(found), _of_budget(found, LARGE), claimed)
+    pairs = (claims(found.ranking, found.metric, list(_of_budget(found, budget))) for budget in BUDGETS)
     return found.answer(
         sentence=sentences(_at_budget(found), added(times), found.recommendation),
-        findings=_findings(found, times, forgetting),
-        blanks=[*_source_rows(found, times), (CHOICE, _how_to_choose(found, times, forgetting))],
+        findings=[*found.over_base(list(found.arms)), *chain(*pairs), *pass_findings(times), *on_forgetting],
+        blanks=[*_source_rows(found, times), (CHOICE, _how_to_choose(found, times, on_forgetting))],
         tables=[_source_table(found, times), *passes, published, found.scores],
-        figures=[found.chart("methods", Message("column.method")), *Tradeoffs.of(records).chart, *pass_chart(times)],
+        figures=[found.chart("methods", Message("column.method")), Tradeoffs.of(records).chart, *pass_chart(times)],
         caution=sentences(Message("methods.caution"), refused),
         next=next_step(found.ranking, Message("methods.smaller_budget", arm=leader(found.ranking))),
     )
 
 
-def of_budget(found: Comparison, budget: str) -> Arms:
+def _of_budget(found: Comparison, budget: str) -> Arms:
     """Return the arms of one budget; LoRA's ranks are the budgets themselves."""
-    rank = BUDGETS[budget]
-    return {
-        name: runs
-        for name, runs in found.arms.items()
-        if (runs[0].arm.fields.get("rank") == rank and _family(runs) == SOURCE[0])
-        or runs[0].arm.options.get("budget") == budget
-    }
+    lora = {"method": "lora", "rank": BUDGETS[budget]}.items()
+    own = {name: runs[0].arm for name, runs in found.arms.items()}
+    names = [name for name, arm in own.items() if arm.options.get("budget") == budget or lora <= arm.fields.items()]
+    return {name: found.arms[name] for name in names}
 
 
-def _family(runs: Sequence[Record]) -> str:
-    """Return the source's name for the method of an arm, or its own."""
-    method = str(runs[0].arm.fields.get("method"))
-    return FAMILIES.get(method.removesuffix("-mlp"), method)
-
-
-def _in_family(found: Comparison, family: str) -> list[str]:
-    """Return the arms of one row of the source's table, those of the larger budget first."""
-    members = (name for name, runs in found.arms.items() if _family(runs) == family)
-    return sorted(members, key=lambda name: -parameters(found.arms[name]))
+def _in_families(found: Comparison) -> dict[str, list[str]]:
+    """Return the arms of each row of the source's table, those of the larger budget first."""
+    rows: dict[str, list[str]] = {family: [] for family in SOURCE}
+    for name in sorted(found.arms, key=lambda name: -parameters(found.arms[name])):
+        method = str(found.arms[name][0].arm.fields.get("method")).removesuffix("-mlp")
+        if method in FAMILIES:
+            rows[FAMILIES[method]].append(name)
+    return rows
 
 
 def _at_budget(found: Comparison) -> Message | None:
     """Say who leads the larger budget, which is what LoRA trains in it."""
-    family = of_budget(found, LARGE)
+    family = _of_budget(found, LARGE)
     if len(family) < 2:
         return None
     reference = family[_lora(found) or next(iter(family))]
@@ -189,14 +171,7 @@ def _at_budget(found: Comparison) -> Message | None:
 
 def _lora(found: Comparison) -> str | None:
     """Return LoRA's arm of the larger budget."""
-    return next((name for name, runs in of_budget(found, LARGE).items() if _family(runs) == SOURCE[0]), None)
-
-
-def _findings(found: Comparison, times: Latencies, forgetting: Sequence[Claim]) -> list[Finding]:
-    """Compare every method with the base, those of a budget with each other, latencies, and forgetting."""
-    pairs = (claims(found.ranking, found.metric, list(of_budget(found, budget))) for budget in BUDGETS)
-    on_forgetting = (claim.findings for claim in forgetting)
-    return [*found.over_base(list(found.arms)), *chain(*pairs), *pass_findings(times), *chain(*on_forgetting)]
+    return next((name for name, own in _of_budget(found, LARGE).items() if own[0].arm.fields["method"] == "lora"), None)
 
 
 def _facts(found: Comparison, times: Latencies, name: str) -> dict[str, Any]:
@@ -212,36 +187,35 @@ def _facts(found: Comparison, times: Latencies, name: str) -> dict[str, Any]:
 
 def _source_table(found: Comparison, times: Latencies) -> Table:
     """Return the source's table, its rows first; every arm of a method is a line."""
-    known = [(family, name) for family in SOURCE for name in _in_family(found, family)]
-    labels: dict[str, Any] = {name: Message("methods.family", family=family, arm=name) for family, name in known}
+    known = {name: family for family, members in _in_families(found).items() for name in members}
+    labels: dict[str, Any] = {n: Message("methods.family", family=family, arm=n) for n, family in known.items()}
     labels |= {name: name for name in found.arms if name not in labels}
     rows = [{"method": label, **_facts(found, times, name)} for name, label in labels.items()]
-    step = Column("step_seconds", "seconds", label=Message("column.training_step"))
-    size = Column("parameters", "count", label=Message("column.adapter_parameters"))
-    columns = (Column("method"), size, Column("latency"), step, score_column(found.metric))
-    return Table(title=Message("table.methods"), columns=columns, rows=rows)
+    size, step = "parameters:count:column.adapter_parameters", "step_seconds:seconds:column.training_step"
+    shown = columns("method", size, "latency", step, score_column(found.metric))
+    return Table(title=Message("table.methods"), columns=shown, rows=rows)
 
 
 def _source_rows(found: Comparison, times: Latencies) -> list[tuple[Message | str, Message]]:
     """Fill in the source's three rows, each of the arm with the best mean score of its method."""
-    rows: dict[Message | str, Message] = dict.fromkeys(SOURCE, Message("answer.not_measured"))
-    for family in SOURCE:
-        if members := {name: found.arms[name] for name in _in_family(found, family)}:
-            name = best_arm(members, found.metric)
-            rows[family] = Message("methods.row", arm=name, metric=found.metric.text, **_facts(found, times, name))
-    return list(rows.items())
+    rows: list[tuple[Message | str, Message]] = []
+    for family, members in _in_families(found).items():
+        row = Message("answer.not_measured")
+        if members:
+            name = best_arm({member: found.arms[member] for member in members}, found.metric)
+            row = Message("methods.row", arm=name, metric=found.metric.text, **_facts(found, times, name))
+        rows.append((family, row))
+    return rows
 
 
-def _how_to_choose(found: Comparison, times: Latencies, forgetting: Sequence[Claim]) -> Message:
+def _how_to_choose(found: Comparison, times: Latencies, on_forgetting: Sequence[Finding]) -> Message:
     """Fill in the source's last blank: score, then latency, what training costs, and what is forgotten."""
-    claims_on_it = [finding.sentence for claim in forgetting for finding in claim.findings]
-    by_score = _at_budget(found)
-    by_latency = added(times)
+    by_score, by_latency, forgotten = _at_budget(found), added(times), [finding.sentence for finding in on_forgetting]
     criteria = [
         by_score and Message("methods.by_score", ranking=by_score),
         by_latency and Message("methods.by_latency", latencies=sentences(by_latency, _merging(times))),
         _by_speed(found.arms),
-        Message("methods.by_forgetting", claims=claims_on_it) if claims_on_it else None,
+        Message("methods.by_forgetting", claims=forgotten) if forgotten else None,
     ]
     return sentences(numbered(criteria), found.recommendation)
 

@@ -1,20 +1,18 @@
 """Q5: is alpha / r needed? Scalings x ranks x learning rates: what diverges, how fast, how well."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loralab.adapters.methods import SCALINGS, LoRA
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms
-from loralab.studies.evidence import Metric, mean_of, score_column
-from loralab.studies.message import Chart, Message, Table, clauses, columns, names, sentences
+from loralab.studies.evidence import Metric, mean_of, means_of, score_column
+from loralab.studies.message import Chart, Message, Table, chart, clauses, columns, names, sentences
 from loralab.studies.rates import rounded
-from loralab.studies.readings.sweep import Key, Sweep, named
+from loralab.studies.readings.sweep import Key, Sweep, diverged
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.trained import MEASURE
 from loralab.training.optim import usual_rate
-
-__all__ = ["MEASURE", "arms", "conclude"]
 
 RANKS, QUICK_RANKS = (4, 16, 64), (4, 64)
 # times LoRA's usual rate: wide enough for the best one to move
@@ -54,39 +52,35 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     sweep = Sweep.of(records)
     found = _at_best_rates(sweep, setup)
     if found is None:
-        runs = sum(sweep.diverged(scaling)[1] for scaling in sweep.scalings)
+        _, runs = diverged(list(sweep.cells.values()))
         return Answer(sentence=Message("scaling.all_diverged", runs=runs)) if runs else nothing_measured(setup)
     claims = _claims(sweep, found)
     sentence = sentences(_conclusion(sweep, claims), _drifts(sweep))
     return found.answer(
         sentence=sentence,
         findings=[*claims.values(), *_one_rate(sweep)],
-        blanks=[
-            (Message("scaling.stability_label"), _stability(sweep)),
-            (Message("scaling.speed_label"), _speed(sweep)),
-            (Message("scaling.final_label"), _final(sweep, found.metric)),
-            (Message("page.findings"), sentence),
-        ],
+        blanks=[*_blanks(sweep, found.metric), (Message("page.findings"), sentence)],
         tables=[_table(sweep, found.metric)],
         figures=_charts(sweep),
-        method=Message("scaling.method_at", target=sweep.target()),
+        method=Message("scaling.method_at", target=sweep.target),
         advice=_advice(sweep, claims),
     )
 
 
 def _at_best_rates(sweep: Sweep, setup: StudySetup) -> Comparison | None:
     """Compare every scaling and rank, each at its own best rate; the usual scaling first among equals."""
-    order = sorted(sweep.measured, key=lambda key: (key[1], key[0] != USUAL))
-    cost = {sweep.arm(key): float(place) for place, key in enumerate(order)}
-    return compare_arms([run for key in sweep.measured for run in sweep.at_best(key)], setup, cost=cost)
+    order = sorted(sweep.measured, key=lambda cell: (cell.rank, cell.scaling != USUAL))
+    cost = {cell.arm: float(place) for place, cell in enumerate(order)}
+    return compare_arms([run for cell in sweep.measured for run in cell.at_best], setup, cost=cost)
 
 
 def _claims(sweep: Sweep, found: Comparison) -> dict[Key, Finding]:
     """Compare every scaling with alpha / r at each rank, each at its own best rate, as one family."""
+    usual = {cell.rank: cell.arm for cell in sweep.measured if cell.scaling == USUAL}
     return {
-        (scaling, rank): found.claim(sweep.arm((scaling, rank)), sweep.arm((USUAL, rank)))
-        for scaling, rank in sweep.measured
-        if scaling != USUAL and (USUAL, rank) in sweep.measured
+        (cell.scaling, cell.rank): found.claim(cell.arm, usual[cell.rank])
+        for cell in sweep.measured
+        if cell.scaling != USUAL and cell.rank in usual
     }
 
 
@@ -94,7 +88,7 @@ def _one_rate(sweep: Sweep) -> list[Finding]:
     """Say of each scaling whether one learning rate serves every rank."""
     findings = []
     for scaling in sweep.scalings:
-        if sweep.drift(scaling) is None or any((scaling, rank) not in sweep.measured for rank in sweep.ranks):
+        if sweep.drift(scaling) is None or not sweep.of_all_ranks(scaling):
             continue
         verdict, rates = sweep.serving(scaling)
         listed = {"rates": _listed(rates)} if rates else {}
@@ -115,15 +109,15 @@ def _conclusion(sweep: Sweep, claims: Claims) -> Message:
     """Tell whether the score depends on the scaling, each at its best rate."""
     if not claims:
         return Message("scaling.no_usual")
-    by_verdict = {v: [c for c in claims.values() if c.verdict == v] for v in ("equivalent", "undecided")}
+    verdicts = [claim.verdict for claim in claims.values()]
     clear = [claim for claim in claims.values() if claim.holds]
-    start, low = sweep.fall()
     if not clear and not sweep.has_learnt:
+        start, low = sweep.fall
         return Message("scaling.too_short", start=start, low=low)
     at = Message("scaling.at_one", rate=sweep.rates[0]) if len(sweep.rates) == 1 else Message("scaling.at_best")
-    counts = {"at": at, "count": len(claims), **{verdict: len(own) for verdict, own in by_verdict.items()}}
+    counts = {"at": at, "count": len(claims), **{v: verdicts.count(v) for v in ("equivalent", "undecided")}}
     if not clear:
-        key = "scaling.open" if by_verdict["undecided"] else "scaling.equivalent"
+        key = "scaling.open" if "undecided" in verdicts else "scaling.equivalent"
         return Message(key, **counts, **_span(sweep))
     strongest = max(clear, key=lambda claim: abs(claim.effect or 0))
     return sentences(Message("scaling.depends", clear=len(clear), **counts), strongest.sentence)
@@ -135,34 +129,27 @@ def _drifts(sweep: Sweep) -> Message | None:
     if not drifts:
         return None
     parts = [Message("scaling.drift", scaling=scaling, factor=drift) for scaling, drift in drifts.items()]
-    edges = [s for s in drifts if any(sweep.at_edge((s, rank)) for rank in sweep.ranks)]
+    edges = [s for s in drifts if any(sweep.at_edge(cell) for cell in sweep.scalings[s])]
     key = "scaling.drifts_to_edge" if edges else "scaling.drifts"
     return Message(key, parts=parts, **({"edges": edges} if edges else {}), **_span(sweep))
 
 
-def _stability(sweep: Sweep) -> Message:
-    counts = {scaling: sweep.diverged(scaling) for scaling in sweep.scalings}
-    worst = {scaling: {"scaling": scaling, "worst": sweep.worst(scaling)} for scaling in counts}
-    return clauses(Message("scaling.diverged", lost=lost, runs=n, **worst[s]) for s, (lost, n) in counts.items())
-
-
-def _speed(sweep: Sweep) -> Message:
-    """Say the steps to the target loss as counted: no interval, so nothing is claimed."""
-    target = sweep.target()
-    steps = {named(key): sweep.steps_to(key, target) for key in sweep.measured}
-    parts = [
-        Message("scaling.never", arm=arm) if taken is None else Message("scaling.steps", arm=arm, steps=taken)
-        for arm, taken in steps.items()
+def _blanks(sweep: Sweep, metric: Metric) -> list[tuple[Message, Message]]:
+    """Fill in stability, speed and final score as counted: no intervals, so nothing is claimed."""
+    stable, fast, scores = [], [], []
+    for scaling, cells in sweep.scalings.items():
+        lost, runs = diverged(cells)
+        worst = max((cell.losses[rate] for cell in cells for rate in cell.ended), default=math.nan)
+        stable.append(Message("scaling.diverged", scaling=scaling, lost=lost, runs=runs, worst=worst))
+    for cell in sweep.measured:
+        arm, steps, score = str(cell), cell.steps_to(sweep.target), metric.value(mean_of(cell.at_best, "score"))
+        fast.append(Message("scaling.never" if steps is None else "scaling.steps", arm=arm, steps=steps))
+        scores.append(Message("scaling.score_at", arm=arm, score=score, rate=cell.best))
+    return [
+        (Message("scaling.stability_label"), clauses(stable)),
+        (Message("scaling.speed_label"), Message("scaling.speed", target=sweep.target, parts=fast)),
+        (Message("scaling.final_label"), Message("scaling.final", metric=metric.text, parts=scores)),
     ]
-    return Message("scaling.speed", target=target, parts=parts)
-
-
-def _final(sweep: Sweep, metric: Metric) -> Message:
-    parts = []
-    for key in sweep.measured:
-        score = metric.value(mean_of(sweep.at_best(key), "score"))
-        parts.append(Message("scaling.score_at", arm=named(key), score=score, rate=sweep.best(key)))
-    return Message("scaling.final", metric=metric.text, parts=parts)
 
 
 def _advice(sweep: Sweep, claims: Claims) -> dict[str, Any]:
@@ -178,51 +165,42 @@ def _advice(sweep: Sweep, claims: Claims) -> dict[str, Any]:
     chosen = next(iter(winners), USUAL)
     if (rate := sweep.common(chosen)) is not None:
         return {"scaling": chosen, "learning_rate": rate}
-    keys = [key for key in sweep.measured if key[0] == chosen]
-    best = min(keys, key=lambda key: mean_of(sweep.at_best(key), "validation_loss"))
-    return {"scaling": chosen, "rank": best[1], "learning_rate": sweep.best(best)}
+    cells = [cell for cell in sweep.measured if cell.scaling == chosen]
+    best = min(cells, key=lambda cell: mean_of(cell.at_best, "validation_loss"))
+    return {"scaling": chosen, "rank": best.rank, "learning_rate": best.best}
 
 
 def _table(sweep: Sweep, metric: Metric) -> Table:
+    """Return a row for each scaling and rank; where every rate diverged, it lacks what only a run to the end has."""
     shown = columns(
         *("scaling", "rank", "factor:short", "best_rate", "rates_as_good", "diverged_rates", "steps_to_target:.0f"),
         *("validation_loss:plain", score_column(metric), "step_seconds:seconds"),
     )
-    target = sweep.target()
-    rows = [_row(sweep, key, metric, target) for key in sweep.trials]
+    rows = []
+    for cell in sweep.cells.values():
+        factor, lost = LoRA(rank=cell.rank, scaling=cell.scaling).factor, [r for r in cell.runs if r not in cell.ended]
+        row: dict[str, Any] = {"scaling": cell.scaling, "rank": cell.rank, "factor": factor}
+        row["diverged_rates"] = _listed(lost) if lost else None
+        if runs := cell.at_best:
+            row |= means_of(runs, ("validation_loss", "step_seconds")) | {"score": metric.scored(runs)}
+            row["best_rate"] = Message("score.rate_edge" if sweep.at_edge(cell) else "score.rate", value=cell.best)
+            as_good = [rate for rate, verdict in cell.verdicts.items() if verdict != "better"]
+            row |= {"rates_as_good": _listed(sorted(as_good)), "steps_to_target": cell.steps_to(sweep.target)}
+        rows.append(row)
     return Table(title=Message("scaling.table"), columns=shown, rows=rows)
-
-
-def _row(sweep: Sweep, key: Key, metric: Metric, target: float) -> dict[str, Any]:
-    """Return a row of the table; where every rate diverged, it lacks what only a run to the end has."""
-    lost = [rate for rate in sorted(sweep.trials[key]) if rate not in sweep.ended(key)]
-    row: dict[str, Any] = {"scaling": key[0], "rank": key[1], "factor": LoRA(rank=key[1], scaling=key[0]).factor}
-    row["diverged_rates"] = _listed(lost) if lost else None
-    if runs := sweep.at_best(key):
-        row |= {
-            "best_rate": Message("score.rate_edge" if sweep.at_edge(key) else "score.rate", value=sweep.best(key)),
-            "rates_as_good": _listed(sweep.as_good(key)),
-            "steps_to_target": sweep.steps_to(key, target),
-            "validation_loss": mean_of(runs, "validation_loss"),
-            "score": metric.scored(runs),
-            "step_seconds": mean_of(runs, "step_seconds"),
-        }
-    return row
 
 
 def _charts(sweep: Sweep) -> list[Chart]:
     """Return final losses (a run that diverged has none), where the best rates lie, and the curves at these."""
-    rate, arm, loss = Message("column.rate"), Message("axis.scaling_and_rank"), Message("column.validation_loss")
-    losses = [{"x": f"{x:.1e}", "y": named(key), "value": value} for key, x, value in sweep.losses]
-    lines = [{"arm": named(key), "x": x, "y": value} for key, x, value in sweep.losses if value is not None]
-    steps = [{"arm": named(key), "x": n + 1, "y": y} for key in sweep.measured for n, y in enumerate(sweep.curve(key))]
-    shape = {"digits": ".3f", "height": max(160, 34 * len(sweep.trials))}
-    curve_axes = (Message("axis.step"), Message("axis.smoothed_loss"), arm)
-    charts = [
-        Chart("heat", "scaling-losses", Message("scaling.losses_chart"), losses, rate, arm, loss, shape),
-        Chart("lines", "scaling-rates", Message("scaling.rates_chart"), lines, rate, loss, arm, {"log_x": True}),
+    losses = [(str(cell), x, y) for cell in sweep.cells.values() for x, y in cell.losses.items()]
+    cells = [{"x": f"{x:.1e}", "y": arm, "value": None if math.isnan(y) else y} for arm, x, y in losses]
+    lines = [{"arm": arm, "x": x, "y": y} for arm, x, y in losses if not math.isnan(y)]
+    steps = [{"arm": str(cell), "x": n, "y": y} for cell in sweep.measured for n, y in enumerate(cell.curve, 1)]
+    rate, loss, arm = "column.rate", "column.validation_loss", "axis.scaling_and_rank"
+    shape = {"digits": ".3f", "height": max(160, 34 * len(sweep.cells))}
+    along = ("axis.step", "axis.smoothed_loss", arm)
+    return [
+        chart("heat", "scaling-losses", "scaling.losses_chart", cells, rate, arm, loss, **shape),
+        chart("lines", "scaling-rates", "scaling.rates_chart", lines, rate, loss, arm, log_x=True),
+        chart("lines", "scaling-curves", "scaling.curves_chart", steps, *along, chance=sweep.target),
     ]
-    if steps:
-        title, options = Message("scaling.curves_chart"), {"chance": sweep.target()}
-        charts.append(Chart("lines", "scaling-curves", title, steps, *curve_axes, options))
-    return charts

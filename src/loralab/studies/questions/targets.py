@@ -89,7 +89,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         findings=_findings(found, by_rank, by_size),
         blanks=_blanks(found),
         tables=[*layers_table(tables), _size_table(found.arms, by_size, found.metric), found.scores],
-        figures=[chart, *update_chart(tables)],
+        figures=[chart, update_chart(tables)],
         method=sentences(Message("targets.method"), *source_names(tables)),
         caution=sentences(Message("targets.caution"), _not_at_budget(found.arms, by_size)),
         advice=advised(found.advice),

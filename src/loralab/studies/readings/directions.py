@@ -1,242 +1,105 @@
-"""Records of the low-rank study -> spectra, d90 and shared directions, each beside its chance level."""
+"""The directions that two LoRA runs share, and what W has in them, each beside its chance level."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from loralab.studies.contrast import SEED, Contrast
-from loralab.studies.evidence import MARGIN, Metric
-from loralab.studies.measures.dimension import Curve, Items, curve_of, floor_of, interval, smallest, target
-from loralab.studies.measures.overlaps import LARGE, SIDES, SMALL, logs
-from loralab.studies.measures.spectra import SHARES, shares_of
-from loralab.studies.message import Chart, Message
+from loralab.studies.measures.overlaps import LARGE, RANKS, SEEDS, SIDES, SMALL, TOP
+from loralab.studies.message import Chart, Message, Table, chart, columns
+from loralab.studies.readings.low_rank import SHARE_MARGIN, Part, Rows, compared
 from loralab.studies.statistics import difference
-from loralab.studies.study import Record
-from loralab.studies.subspace import VARIANTS
+from loralab.studies.study import Finding, Record
 
-LOW = 0.25  # of all directions: an update of which so many hold 90 % of the energy is low-rank
-SHARE_MARGIN = MARGIN / 100
-Rows = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Spectra:
-    """Spectra of the update of every module, one list for each seed."""
-
-    seeds: Sequence[Rows]
-
-    @property
-    def modules(self) -> Rows:
-        """Return the modules of the first seed."""
-        return self.seeds[0]
-
-    @property
-    def kinds(self) -> dict[str, Rows]:
-        """Return the modules by their kind, one of each layer."""
-        names = dict.fromkeys(row["module"] for row in self.modules)
-        return {name: [row for row in self.modules if row["module"] == name] for name in names}
-
-    @property
-    def fewer(self) -> Contrast:
-        """Compare the share of directions that hold 90 % of the energy with that of random matrices."""
-        ours = [shares_of(rows) for rows in self.seeds]
-        theirs = [shares_of(rows, "random_rank90") for rows in self.seeds]
-        return over_modules(theirs, ours, margin=SHARE_MARGIN)
-
-    @property
-    def are_low(self) -> bool:
-        """Tell whether the median module is low-rank."""
-        return statistics.median(shares_of(self.modules)) <= LOW
-
-    def middle(self, key: str, kind: str | None = None) -> float:
-        """Return the median of a number over all modules, or over those of a kind."""
-        return statistics.median(float(row[key]) for row in self.modules if kind in (None, row["module"]))
-
-    def beside_chance(self, key: str, kind: str) -> Message:
-        """Write the median of a rank over the modules of a kind, and that of random matrices."""
-        return Message("lowrank.beside", value=self.middle(key, kind), chance=self.middle(f"random_{key}", kind))
-
-    @property
-    def curves(self) -> Rows:
-        """Return energy against the share of directions: the median of each kind, and random matrices."""
-        curves: dict[Any, Any] = {name: [row["energy"] for row in rows] for name, rows in self.kinds.items()}
-        for row in self.modules:
-            small, large = sorted(row["shape"])
-            curves.setdefault(Message("lowrank.random", small=small, large=large), [row["random_energy"]])
-        return [
-            {"arm": name, "x": x, "y": float(y)}
-            for name, own in curves.items()
-            for x, y in zip(SHARES, np.median(np.asarray(own, dtype=float), axis=0), strict=True)
-        ]
-
-    @property
-    def layers(self) -> Rows:
-        """Return the share of directions that hold 90 % of the energy, by layer and kind."""
-        return [
-            {"x": "–" if row["layer"] < 0 else str(row["layer"]), "y": row["module"], "value": share}
-            for row, share in zip(self.modules, shares_of(self.modules), strict=True)
-        ]
-
-    @property
-    def charts(self) -> list[Chart]:
-        """Draw energy against rank, and the share of directions of every layer and module."""
-        title, x, y = (Message(f"lowrank.{name}") for name in ("energy_chart", "of_directions", "of_energy"))
-        kind, layer, share = Message("axis.module"), Message("column.layer"), Message("axis.share")
-        few = {"numbers": len({row["x"] for row in self.layers}) <= 16}
-        heat, options = Message("lowrank.layers_chart"), {"log_x": True, "percent": True}
-        return [
-            Chart("lines", "lowrank-energy", title, self.curves, x, y, kind, options),
-            Chart("heat", "lowrank-layers", heat, self.layers, layer, kind, share, few),
-        ]
+WHERE = tuple(itertools.product((RANKS, SEEDS), SIDES))
+ORDER = {  # chance < the update's subspace < W's own, for both ranks; a small r amplifies more
+    **{("inside", rank): ((rank, "inside"), (rank, "chance")) for rank in (SMALL, LARGE)},
+    **{("own", rank): ((rank, "own"), (rank, "inside")) for rank in (SMALL, LARGE)},
+    ("amplifies", SMALL): ((SMALL, "factor"), (LARGE, "factor")),
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dimension:
-    """Scores in random subspaces, and those that d90 stands between; larger is better.
-
-    Attributes:
-        full, floor: of every test row; None where they were not measured.
-        large: D, the number of weights that move.
-    """
-
-    curves: Mapping[str, Curve]
-    full: Items | None
-    floor: Items | None
-    large: int
-
-    def rows(self, metric: Metric) -> Rows:
-        """Return the score of every variant and d."""
-        points = [(variant, d, float(items.mean())) for variant, own in self.curves.items() for d, items in own.items()]
-        scores = [value if metric.rises else -value for _, _, value in points]
-        return [
-            {"arm": variant.upper(), "x": d, "y": y, "of": d / max(1, self.large), "score": metric.value(y)}
-            for (variant, d, _), y in zip(points, scores, strict=True)
-        ]
-
-    @property
-    def goal(self) -> float | None:
-        """Return the score that d90 has to reach."""
-        return None if self.full is None or self.floor is None else target(self.full, self.floor)
-
-    def d90(self, metric: Metric) -> dict[str, "Reached"] | None:
-        """Return d90 of every variant; nothing where full fine-tuning gains nothing, None where that is not known."""
-        if self.full is None or self.floor is None:
-            return None
-        margin = metric.margin_at(abs(float(self.floor.mean())))
-        gain = difference([self.full.tolist()], [self.floor.tolist()], margin=margin)
-        if gain.verdict != "better":
-            return {}
-        found = {}
-        for variant, curve in self.curves.items():
-            low, high = interval(curve, self.full, self.floor, np.random.default_rng(SEED))
-            value = smallest(curve, self.full, self.floor)
-            found[variant] = Reached(tried=list(curve), value=value, low=low, high=high)
-        return found
+def directions(records: Sequence[Record], pairs: str) -> Part:
+    """Return what the arm that holds pairs of runs says, one record for each seed."""
+    found = [record.tables for record in records if record.arm.name == pairs and record.tables.get("modules")]
+    if not found:
+        return Part()
+    shared = [_shared([tables["modules"] for tables in found], *which) for which in WHERE]
+    above = [finding for finding in shared if finding.verdict == "better"]
+    largest = max(above, key=lambda own: own.effect or 0.0).sentence if above else Message("lowrank.none_shared")
+    amplification = [tables["amplification"] for tables in found]
+    every, order = [*itertools.chain(*amplification)], _order(amplification)
+    return Part(
+        sentences=[largest],
+        changed=[_amplified(every, order)],
+        findings=[*shared, *order],
+        tables=[_order_table(every)],
+        figures=[_phi_chart(found[0]["phi"], *which) for which in WHERE],
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reached:
-    """The smallest d that reaches the target; infinity stands for none of those tried."""
-
-    tried: Sequence[int]
-    value: float
-    low: float
-    high: float
-
-    @property
-    def kind(self) -> str:
-        """Return what is known of d90: found, at_most, not_below, open or beyond.
-
-        `not_below` is an interval that begins at the largest d and has no end: it says nothing of
-        that d itself.
-        """
-        if math.isinf(self.low):
-            return "beyond"
-        if math.isinf(self.high) and self.low == max(self.tried):
-            return "not_below"
-        if math.isinf(self.value):
-            return "open"
-        return "at_most" if self.value == min(self.tried) else "found"
+def _names(pair: str, side: str) -> dict[str, Message]:
+    return {"pair": Message(f"lowrank.{pair}", small=SMALL, large=LARGE), "side": Message(f"lowrank.{side}")}
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Directions of pairs of LoRA runs, one record for each seed."""
+def _shared(seeds: Sequence[Rows], pair: str, side: str) -> Finding:
+    """Say whether the strongest direction of one update is among the first of the other."""
+    keys = (f"{pair} {side}", f"{pair} {side} chance")
+    ours, theirs = ([[float(row[key]) for row in rows] for rows in seeds] for key in keys)
+    change = difference(ours, theirs, comparisons=len(WHERE), margin=SHARE_MARGIN)
+    phi, chance = (statistics.median(itertools.chain(*values)) for values in (ours, theirs))
+    first = Message("lowrank.first_directions", top=TOP, phi=phi, **_names(pair, side))
+    span = Message("lowrank.difference", low=change.low, high=change.high)
+    return compared(change, first, Message("lowrank.by_chance", chance=chance), span)
 
-    records: Sequence[Record]
 
-    def first(self, pair: str, side: str) -> tuple[Contrast, float, float]:
-        """Compare phi(1, TOP) of a pair with its chance level; return the medians of both too."""
-        tables = [record.tables["modules"] for record in self.records]
-        ours, theirs = (
-            [[float(row[key]) for row in rows] for rows in tables]
-            for key in (f"{pair} {side}", f"{pair} {side} chance")
+def _order(seeds: Sequence[Rows]) -> list[Finding]:
+    """Say what W has in the directions of an update; without a size, since most of it is no surprise."""
+    findings = []
+    for (name, rank), sides in ORDER.items():
+        ours, theirs = ([_logarithms(rows, *which) for rows in seeds] for which in sides)
+        change = difference(ours, theirs, comparisons=len(ORDER))
+        a, b = (Message(f"lowrank.{name}_{which}", rank=rank, other=LARGE) for which in ("a", "b"))
+        span = Message("lowrank.ratio", low=math.exp(change.low), high=math.exp(change.high))
+        findings.append(replace(compared(change, a, b, span), effect=None, low=None, high=None))
+    return findings
+
+
+def _logarithms(rows: Rows, rank: int, key: str) -> list[float]:
+    return [math.log(max(float(row[key]), 1e-30)) for row in rows if row["rank"] == rank]
+
+
+def _middle(rows: Rows, rank: int, key: str) -> float:
+    return statistics.median(float(row[key]) for row in rows if row["rank"] == rank)
+
+
+def _amplified(rows: Rows, order: Sequence[Finding]) -> Message:
+    """Say the amplification beside that of random directions, and how much of the order holds."""
+    held = sum(finding.verdict == "better" for finding in order)
+    beside = [{**row, "by_chance": row["update"] / max(row["chance"], 1e-30)} for row in rows]
+    factors = [
+        Message(
+            "lowrank.factor", rank=rank, factor=_middle(rows, rank, "factor"), chance=_middle(beside, rank, "by_chance")
         )
-        found = over_modules(ours, theirs, 2 * len(SIDES), margin=SHARE_MARGIN)
-        own, chance = (statistics.median(v for values in group for v in values) for group in (ours, theirs))
-        return found, own, chance
-
-    def phi(self, pair: str, side: str) -> Rows:
-        """Return phi(i, j) less its chance level, for a heat map."""
-        rows = [row for row in self.records[0].tables["phi"] if (row["pair"], row["side"]) == (pair, side)]
-        return [{"x": str(row["j"]), "y": str(row["i"]), "value": row["phi"] - row["chance"]} for row in rows]
-
-    @property
-    def amplification(self) -> Rows:
-        """Return what W has in the directions of every module's update."""
-        return [row for record in self.records for row in record.tables["amplification"]]
-
-    def middle(self, rank: int, key: str) -> float:
-        """Return the median of a number of `amplification` over modules."""
-        return statistics.median(float(row[key]) for row in self.amplification if row["rank"] == rank)
-
-    def by_chance(self, rank: int) -> float:
-        """Return the amplification of random directions, the median of modules."""
-        rows = [row for row in self.amplification if row["rank"] == rank]
-        return statistics.median(row["update"] / max(row["chance"], 1e-30) for row in rows)
-
-    @property
-    def order(self) -> dict[tuple[str, int], Contrast]:
-        """Compare chance < the update's subspace < W's own, for both ranks; a small r amplifies more."""
-        asked = {("inside", rank): ((rank, "inside"), (rank, "chance")) for rank in (SMALL, LARGE)}
-        asked |= {("own", rank): ((rank, "own"), (rank, "inside")) for rank in (SMALL, LARGE)}
-        asked["amplifies", SMALL] = ((SMALL, "factor"), (LARGE, "factor"))
-        tables = [record.tables["amplification"] for record in self.records]
-        found = {}
-        for name, (ours, theirs) in asked.items():
-            left, right = ([logs(rows, *which) for rows in tables] for which in (ours, theirs))
-            found[name] = over_modules(left, right, len(asked))
-        return found
+        for rank in (SMALL, LARGE)
+    ]
+    key = "lowrank.order_whole" if held == len(order) else "lowrank.order_part"
+    return Message(key, factors=factors, held=held, of=len(order))
 
 
-def over_modules(
-    ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], comparisons: int = 1, margin: float = 0.0
-) -> Contrast:
-    """Compare numbers that are paired by module; modules and seeds are the sample."""
-    return difference(ours, theirs, comparisons=comparisons, margin=margin)
+def _order_table(rows: Rows) -> Table:
+    """Return table 7 of the paper: what W has in the directions of the update, of chance, of itself."""
+    keys = ("update", "chance", "inside", "own", "weight", "factor")
+    shown = columns("rank", *(f"{key}:.2f:lowrank.{key}_column" for key in keys))
+    medians = [{"rank": rank, **{key: _middle(rows, rank, key) for key in keys}} for rank in (SMALL, LARGE)]
+    return Table(title=Message("lowrank.order_table"), columns=shown, rows=medians)
 
 
-def spectra_of(records: Sequence[Record], full: str) -> list[Spectra]:
-    """Return the spectra of the arm of the full fine-tune; none where it has no result."""
-    scored = (record for record in records if record.arm.name == full and record.items.get("score"))
-    found = [record.tables["modules"] for record in scored if record.tables.get("modules")]
-    return [Spectra(found)] if found else []
-
-
-def pairs_of(records: Sequence[Record], pairs: str) -> list[Pairs]:
-    """Return the directions of the arm that holds the pairs; none where it has no result."""
-    found = [record for record in records if record.arm.name == pairs and record.tables.get("modules")]
-    return [Pairs(found)] if found else []
-
-
-def dimension_of(records: Sequence[Record], full: str) -> list[Dimension]:
-    """Return the scores in random subspaces; none where there are none."""
-    curves = {variant: found for variant in VARIANTS if (found := curve_of(records, variant))}
-    scores = [r.items["score"] for r in records if r.arm.name == full and r.items.get("score")]
-    mean = np.asarray(scores, dtype=float).mean(axis=0) if scores else None
-    large = round(max((record.numbers.get("large", 0) for record in records), default=0))
-    return [Dimension(curves=curves, full=mean, floor=floor_of(records), large=large)] if curves else []
+def _phi_chart(table: Sequence[Mapping[str, Any]], pair: str, side: str) -> Chart:
+    """Draw phi(i, j) less its chance level, the median of modules."""
+    own = [row for row in table if (row["pair"], row["side"]) == (pair, side)]
+    rows = [{"x": str(row["j"]), "y": str(row["i"]), "value": row["phi"] - row["chance"]} for row in own]
+    title, axes = Message("lowrank.phi_chart", **_names(pair, side)), ("lowrank.j", "lowrank.i", "lowrank.above_chance")
+    return chart("heat", f"lowrank-phi-{pair}-{side}", title, rows, *axes)

@@ -12,72 +12,51 @@ from typing import Any
 import numpy as np
 
 from loralab.studies.compare import Comparison
-from loralab.studies.contrast import Contrast, Floats, Sample, rank_arms
+from loralab.studies.contrast import Contrast, Floats
 from loralab.studies.evidence import Metric, claim
 from loralab.studies.measures.forgetting import ITEMS
-from loralab.studies.message import Chart, Message
+from loralab.studies.message import Chart, Message, chart
+from loralab.studies.ranking import rank_rows
 from loralab.studies.readings.published import Row, holds_here
 from loralab.studies.study import Finding, Record
 
 Points = Sequence[Mapping[str, Any]]  # of a run: step, loss on the task, general, rows
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A published claim on LoRA against full fine-tuning; None where it was not measured."""
+def published_claims(
+    records: Sequence[Record], found: Comparison, lora: str | None, full: str
+) -> tuple[list[Row], list[Finding]]:
+    """Tell whether LoRA learns less, and forgets less: after training, and at equal loss on the task.
 
-    name: str
-    names: tuple[Message | str, Message | str]
-    contrast: Contrast | None
-    metric: Metric
-    expected: str
-
-    @property
-    def row(self) -> Row:
-        """Return the claim, whether it holds here, and the difference."""
-        found, verdicts = self.contrast, [self.contrast.verdict] if self.contrast else []
-        numbers = None if found is None else self.metric.span(found.low, found.high)
-        here = holds_here(verdicts, {self.expected})
-        return {"claim": Message(f"methods.{self.name}"), "here": here, "numbers": numbers}
-
-    @property
-    def findings(self) -> list[Finding]:
-        """Return it as a finding, where it was measured."""
-        return [] if self.contrast is None else [claim(self.contrast, self.metric, self.names)]
-
-
-def published_claims(records: Sequence[Record], found: Comparison, lora: str | None, full: str) -> list[Claim]:
-    """Return that LoRA learns less, and forgets less: after training, and at equal loss on the task."""
-    kind, general = next(
-        ((r.texts["general_kind"], r.texts["general"]) for r in records if "general_kind" in r.texts), ("loss", "")
-    )
-    metric = replace(found.metric, name=kind)
+    The rows are those of the table of published claims; what was not measured is no finding.
+    """
+    texts = next((r.texts for r in records if "general_kind" in r.texts), {"general_kind": "loss", "general": ""})
+    metric, general = replace(found.metric, name=texts["general_kind"]), texts["general"]
     arms = (lora or "", full)
-    ours, theirs = (_rows(found.every.get(name, ())) for name in arms)
+    ours, theirs = ([r.items[ITEMS] for r in found.every.get(name, ()) if r.items.get(ITEMS)] for name in arms)
     end = between(ours, theirs, metric) if ours and theirs else None
     learnt = found.ranking.contrast(*arms) if set(arms) <= found.ranking.means.keys() else None
     runs = Tradeoffs.of(records)
     elsewhere = Message("methods.elsewhere", arm=arms[0], general=general)
     at_loss = Message("methods.elsewhere_at", arm=arms[0], general=general, loss=runs.equal_loss)
-    return [
-        Claim("learns_less", arms, learnt, found.metric, "worse"),
-        Claim("forgets_less", (elsewhere, full), end, metric, "better"),
-        Claim("forgets_less_at_loss", (at_loss, full), runs.at_equal_loss(metric), metric, "better"),
-    ]
-
-
-def _rows(runs: Sequence[Record]) -> list[Sequence[float]]:
-    return [run.items[ITEMS] for run in runs if run.items.get(ITEMS)]
+    rows: list[Row] = []
+    findings = []
+    for name, who, contrast, by, expected in (
+        ("learns_less", arms[0], learnt, found.metric, "worse"),
+        ("forgets_less", elsewhere, end, metric, "better"),
+        ("forgets_less_at_loss", at_loss, runs.at_equal_loss(metric), metric, "better"),
+    ):
+        here = holds_here([] if contrast is None else [contrast.verdict], {expected})
+        numbers = None if contrast is None else by.span(contrast.low, contrast.high)
+        rows.append({"claim": Message(f"methods.{name}"), "here": here, "numbers": numbers})
+        findings += [] if contrast is None else [claim(contrast, by, (who, full))]
+    return rows, findings
 
 
 def between(ours: Sequence[Any], theirs: Sequence[Any], metric: Metric) -> Contrast:
     """Compare two sets of runs on the same rows of other data, (seeds, rows) each."""
     level = abs(float(np.mean(theirs)))
-    arms = {
-        name: Sample(scores=np.asarray(rows, dtype=float), spread=metric.spread_at(level), fixed=False)
-        for name, rows in (("ours", ours), ("theirs", theirs))
-    }
-    return rank_arms(arms, margin=metric.margin_at(level), costs=dict.fromkeys(arms, 0.0)).contrast(*arms)
+    return rank_rows({"ours": ours, "theirs": theirs}, metric, level).contrast("ours", "theirs")
 
 
 @dataclass(frozen=True)
@@ -90,13 +69,10 @@ class Tradeoffs:
     @staticmethod
     def of(records: Sequence[Record]) -> "Tradeoffs":
         """Read the records that hold points."""
-        known = [record for record in records if record.tables.get("points")]
-        seeds = []
+        known, seeds = [record for record in records if record.tables.get("points")], []
         for record in known:
-            arms: dict[str, list[Mapping[str, Any]]] = {}
-            for row in record.tables["points"]:
-                arms.setdefault(row["arm"], []).append(row)
-            seeds.append(arms)
+            names = dict.fromkeys(row["arm"] for row in record.tables["points"])
+            seeds.append({name: [row for row in record.tables["points"] if row["arm"] == name] for name in names})
         return Tradeoffs(seeds, known[0].texts["general_kind"] if known else "loss")
 
     @property
@@ -114,18 +90,16 @@ class Tradeoffs:
         return between(ours, theirs, metric)
 
     @property
-    def chart(self) -> list[Chart]:
+    def chart(self) -> Chart:
         """Return what is left elsewhere against the loss on the task, the mean over seeds."""
         rows = [
-            {"arm": arm, "x": _mean(points, "loss"), "y": _mean(points, "general")}
+            {"arm": arm, "x": np.mean([p["loss"] for p in points]), "y": np.mean([p["general"] for p in points])}
             for arm in (self.seeds[0] if self.seeds else ())
             for points in zip(*(arms[arm] for arms in self.seeds), strict=True)
         ]
-        y, title = Message(f"methods.elsewhere_{self.kind}"), Message("methods.tradeoff_chart")
-        x, options = Message("methods.task_loss"), {"percent": self.kind != "loss"}
-        return (
-            [Chart("lines", "methods-forgetting", title, rows, x, y, Message("column.method"), options)] if rows else []
-        )
+        titles = ("methods.task_loss", f"methods.elsewhere_{self.kind}", "column.method")
+        percent = self.kind != "loss"
+        return chart("lines", "methods-forgetting", "methods.tradeoff_chart", rows, *titles, percent=percent)
 
 
 def lowest_shared(arms: Mapping[str, Points]) -> float:
@@ -137,11 +111,6 @@ def rows_at(points: Points, loss: float) -> Floats:
     """Return the rows of other data where a run first has a loss on the task, in proportion between two points."""
     for before, after in itertools.pairwise(points):
         if after["loss"] <= loss:
-            way = (before["loss"] - loss) / max(before["loss"] - after["loss"], 1e-12)
-            share = min(1.0, max(0.0, way))
-            return (1 - share) * np.asarray(before["rows"]) + share * np.asarray(after["rows"])
+            share = np.clip((before["loss"] - loss) / max(before["loss"] - after["loss"], 1e-12), 0, 1)
+            return np.asarray((1 - share) * np.asarray(before["rows"]) + share * np.asarray(after["rows"]))
     return np.asarray(points[-1]["rows"], dtype=float)
-
-
-def _mean(points: Sequence[Mapping[str, Any]], key: str) -> float:
-    return float(np.mean([point[key] for point in points]))

@@ -8,9 +8,9 @@ import numpy as np
 from loralab.studies.contrast import Contrast
 from loralab.studies.evidence import Metric, mean_of
 from loralab.studies.measures.watch import mean_of_steps
-from loralab.studies.message import Chart, Message
+from loralab.studies.message import Chart, Message, chart
 from loralab.studies.statistics import difference
-from loralab.studies.study import DIVERGED, Record
+from loralab.studies.study import Record
 
 FIRST_STEPS = 50  # losses that the source asks for
 ROUNDING = 1e-4  # of the logits: less is fp32's rounding
@@ -29,24 +29,9 @@ class Start:
         return mean_of(self.runs, name)
 
     @property
-    def is_exact(self) -> bool:
-        """Tell whether the model before training is the base model bit for bit."""
-        return all(run.numbers["start_equal"] for run in self.runs)
-
-    @property
     def is_base(self) -> bool:
         """Tell whether the model before training is the base model but for rounding."""
         return self.mean("start_logits") < ROUNDING
-
-    @property
-    def has_diverged(self) -> bool:
-        """Tell whether a run diverged."""
-        return any(run.status == DIVERGED for run in self.runs)
-
-    @property
-    def losses(self) -> list[float]:
-        """Return the first training losses, mean over seeds."""
-        return mean_of_steps([run.series["loss"] for run in self.runs])[:FIRST_STEPS]
 
     def gradients(self, part: str) -> list[float]:
         """Return the length of the gradient of all A or all B at the first steps, mean over seeds."""
@@ -62,12 +47,8 @@ class Start:
         if self.is_base or any(run.numbers.get("head_parameters", 1) for run in self.runs):
             return None
         changes = [run.items["start"] for run in self.runs]
-        return difference(
-            changes,
-            np.zeros_like(changes).tolist(),
-            comparisons=comparisons,
-            margin=LOSS.margin_at(self.mean("base_loss")),
-        )
+        margin = LOSS.margin_at(self.mean("base_loss"))
+        return difference(changes, np.zeros_like(changes).tolist(), comparisons=comparisons, margin=margin)
 
 
 def starts_of(records: Sequence[Record]) -> dict[str, Start]:
@@ -81,38 +62,37 @@ def starts_of(records: Sequence[Record]) -> dict[str, Start]:
 
 def first_losses(starts: Mapping[str, Start]) -> dict[str, list[float]]:
     """Return the first losses of every start that has some, as many for all."""
-    curves = {name: losses for name, start in starts.items() if (losses := start.losses)}
+    every = {name: mean_of_steps([run.series["loss"] for run in start.runs]) for name, start in starts.items()}
+    curves = {name: curve for name, curve in every.items() if curve}
     length = min(map(len, curves.values()), default=0)
-    return {name: curve[:length] for name, curve in curves.items()}
+    return {name: curve[: min(length, FIRST_STEPS)] for name, curve in curves.items()}
 
 
-def loss_chart(losses: Mapping[str, Sequence[float]]) -> list[Chart]:
-    """Return the first training losses of every start."""
-    rows = [{"arm": name, "x": i + 1, "y": loss} for name, curve in losses.items() for i, loss in enumerate(curve)]
-    title, axes = Message("init.losses_chart"), (Message("axis.step"), Message("column.train_loss"))
-    return [Chart("lines", "init-first-losses", title, rows, *axes, Message("column.start"))] if rows else []
+def charts_of(starts: Mapping[str, Start]) -> list[Chart]:
+    """Return the first losses, how far every start moves logits and hidden states, and the gradients of A and B.
 
-
-def step_zero_chart(starts: Mapping[str, Start]) -> Chart:
-    """Return how far every start moves the logits and the hidden states."""
-    rows = [
+    A logarithm has no place for the zero that the gradient of A begins with.
+    """
+    losses = [
+        {"arm": name, "x": i, "y": loss}
+        for name, curve in first_losses(starts).items()
+        for i, loss in enumerate(curve, 1)
+    ]
+    moved = [
         {"arm": name, "group": Message(f"init.{number}"), "value": start.mean(number)}
         for name, start in starts.items()
         for number in MOVED
     ]
-    title, axes = Message("init.step_zero_chart"), (Message("column.start"), Message("init.share"))
-    return Chart("bars", "init-step-0", title, rows, *axes, Message("init.of"), {"percent": True})
-
-
-def gradient_chart(starts: Mapping[str, Start]) -> list[Chart]:
-    """Return the gradients of A and B; a logarithm has no place for the zero that A's begins with."""
-    rows = [
-        {"arm": f"{name}: {part}", "x": i + 1, "y": length}
+    lengths = [
+        {"arm": f"{name}: {part}", "x": i, "y": length}
         for name, start in starts.items()
         for part in ("A", "B")
-        for i, length in enumerate(start.gradients(part))
+        for i, length in enumerate(start.gradients(part), 1)
         if length > 0
     ]
-    title, axes = Message("init.gradients_chart"), (Message("axis.step"), Message("init.length"))
-    options = {"log_y": True}
-    return [Chart("lines", "init-gradients", title, rows, *axes, Message("column.start"), options)] if rows else []
+    by = "column.start"
+    return [
+        chart("lines", "init-first-losses", "init.losses_chart", losses, "axis.step", "column.train_loss", by),
+        chart("bars", "init-step-0", "init.step_zero_chart", moved, by, "init.share", "init.of", percent=True),
+        chart("lines", "init-gradients", "init.gradients_chart", lengths, "axis.step", "init.length", by, log_y=True),
+    ]

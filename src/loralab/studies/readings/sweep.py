@@ -9,6 +9,7 @@ import numpy as np
 
 from loralab.studies.contrast import Verdict
 from loralab.studies.evidence import Metric, mean_of
+from loralab.studies.measures.watch import mean_of_steps
 from loralab.studies.ranking import ranked
 from loralab.studies.statistics import reaches, smoothed
 from loralab.studies.study import DIVERGED, DONE, Record
@@ -18,109 +19,117 @@ LOSS = Metric(name="loss", is_of_labels=True)  # the wider spread, whatever the 
 LEARNT = 0.1  # of the loss at the start: where no run has lost as much, scores compare nothing
 
 
-def named(key: Key) -> str:
-    """Name a scaling at a rank."""
-    return f"{key[0]}, r={key[1]}"
+@dataclass(frozen=True)
+class Cell:
+    """A scaling at a rank: its runs by learning rate, rising."""
+
+    scaling: str
+    rank: int
+    runs: Mapping[float, Sequence[Record]]
+
+    def __str__(self) -> str:
+        return f"{self.scaling}, r={self.rank}"
+
+    @cached_property
+    def losses(self) -> dict[float, float]:
+        """Return the validation loss at every rate; not a number where a seed diverged."""
+        ended = {rate: all(r.status == DONE for r in runs) for rate, runs in self.runs.items()}
+        return {rate: mean_of(runs, "validation_loss") if ended[rate] else math.nan for rate, runs in self.runs.items()}
+
+    @property
+    def ended(self) -> list[float]:
+        """Return the rates at which no seed diverged."""
+        return [rate for rate, loss in self.losses.items() if not math.isnan(loss)]
+
+    @cached_property
+    def best(self) -> float | None:
+        """Return the rate of the lowest validation loss: test rows choose nothing."""
+        return min(self.ended, key=self.losses.__getitem__, default=None)
+
+    @property
+    def at_best(self) -> Sequence[Record]:
+        """Return the runs at the best rate; none where every rate diverged."""
+        return () if self.best is None else self.runs[self.best]
+
+    @property
+    def arm(self) -> str:
+        """Return the arm at the best rate."""
+        return self.at_best[0].arm.name
+
+    @cached_property
+    def verdicts(self) -> dict[float, Verdict]:
+        """Return how the best rate compares with every rate that ended, by loss on the test rows."""
+        if self.best is None:
+            return {}
+        found = ranked({f"{rate}": _by_loss(self.runs[rate]) for rate in self.ended}, LOSS)
+        others = (rate for rate in self.ended if rate != self.best)
+        return {self.best: "equivalent", **{r: found.contrast(f"{self.best}", f"{r}").verdict for r in others}}
+
+    @property
+    def curve(self) -> list[float]:
+        """Return the smoothed training loss at the best rate, the mean over seeds."""
+        return mean_of_steps([smoothed(r.series["loss"]) for r in self.at_best if r.series.get("loss")])
+
+    def steps_to(self, target: float) -> float | None:
+        """Return the mean steps at the best rate until the training loss is at a target; None if one never is."""
+        found = [reaches(r.series["loss"], target) for r in self.at_best]
+        steps = [step for step in found if step is not None]
+        return float(np.mean(steps)) if steps and len(steps) == len(found) else None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sweep:
-    """The records of a sweep by (scaling, rank) and learning rate; those that never ran left out."""
+    """The records of a sweep by (scaling, rank); those that never ran left out."""
 
-    trials: Mapping[Key, Mapping[float, Sequence[Record]]]
+    cells: Mapping[Key, Cell]
 
     @staticmethod
     def of(records: Sequence[Record]) -> "Sweep":
         """Sort the records that ran, to their end or until they diverged."""
         found: dict[Key, dict[float, list[Record]]] = {}
-        for record in records:
-            if record.status in (DONE, DIVERGED):
-                fields = record.arm.fields
-                key = (str(fields["scaling"]), int(fields["rank"]))
-                rate = float(fields["learning_rate"])
-                found.setdefault(key, {}).setdefault(rate, []).append(record)
-        return Sweep(trials=found)
+        for record in (record for record in records if record.status in (DONE, DIVERGED)):
+            fields = record.arm.fields
+            own = found.setdefault((str(fields["scaling"]), int(fields["rank"])), {})
+            own.setdefault(float(fields["learning_rate"]), []).append(record)
+        return Sweep({key: Cell(*key, {rate: own[rate] for rate in sorted(own)}) for key, own in found.items()})
 
     @property
-    def scalings(self) -> list[str]:
-        """Return them in the order of their first run."""
-        return list(dict.fromkeys(scaling for scaling, _ in self.trials))
+    def scalings(self) -> dict[str, list[Cell]]:
+        """Return the cells of each scaling, in the order of their first run."""
+        names = dict.fromkeys(scaling for scaling, _ in self.cells)
+        return {name: [cell for cell in self.cells.values() if cell.scaling == name] for name in names}
 
     @property
     def ranks(self) -> list[int]:
         """Return them, rising."""
-        return sorted({rank for _, rank in self.trials})
+        return sorted({rank for _, rank in self.cells})
 
     @property
     def rates(self) -> list[float]:
         """Return them, rising."""
-        return sorted({rate for own in self.trials.values() for rate in own})
-
-    def ended(self, key: Key) -> dict[float, Sequence[Record]]:
-        """Return the rates at which no seed diverged, rising."""
-        own = self.trials.get(key, {})
-        return {
-            rate: own[rate]
-            for rate in sorted(own)
-            if all(r.status == DONE and "validation_loss" in r.numbers for r in own[rate])
-        }
-
-    def best(self, key: Key) -> float | None:
-        """Return the rate of the lowest validation loss: test rows choose nothing."""
-        own = self.ended(key)
-        return min(own, key=lambda rate: mean_of(own[rate], "validation_loss"), default=None)
+        return sorted({rate for cell in self.cells.values() for rate in cell.runs})
 
     @property
-    def measured(self) -> list[Key]:
+    def measured(self) -> list[Cell]:
         """Return the scalings and ranks that have a best rate."""
-        return [key for key in self.trials if self.best(key) is not None]
+        return [cell for cell in self.cells.values() if cell.best is not None]
 
-    def at_best(self, key: Key) -> Sequence[Record]:
-        """Return the runs at the best rate; none where every rate diverged."""
-        rate = self.best(key)
-        return () if rate is None else self.trials[key][rate]
-
-    def arm(self, key: Key) -> str:
-        """Return the arm of a scaling and rank at its best rate."""
-        return self.at_best(key)[0].arm.name
-
-    @property
-    def losses(self) -> list[tuple[Key, float, float | None]]:
-        """Return (key, rate, validation loss) of every trial; None where it diverged."""
-        ended = {key: self.ended(key) for key in self.trials}
-        trials = [(key, rate) for key, own in self.trials.items() for rate in sorted(own)]
-        return [
-            (k, rate, mean_of(ended[k][rate], "validation_loss") if rate in ended[k] else None) for k, rate in trials
-        ]
-
-    def at_edge(self, key: Key) -> bool:
+    def at_edge(self, cell: Cell) -> bool:
         """Tell whether the best rate is the lowest or the highest tried: a better one may lie beyond."""
-        return len(self.rates) > 1 and self.best(key) in (self.rates[0], self.rates[-1])
+        return len(self.rates) > 1 and cell.best in (self.rates[0], self.rates[-1])
 
-    def verdicts(self, key: Key) -> dict[float, Verdict]:
-        """Return how the best rate compares with every rate that ended, by loss on the test rows."""
-        return self._verdicts.get(key, {})
-
-    @cached_property
-    def _verdicts(self) -> dict[Key, dict[float, Verdict]]:
-        """Rank once: many sentences ask."""
-        found: dict[Key, dict[float, Verdict]] = {}
-        for key in self.measured:
-            own, best = self.ended(key), self.best(key)
-            losses = ranked({f"{rate}": by_loss(runs) for rate, runs in own.items()}, LOSS)
-            found[key] = {r: "equivalent" if r == best else losses.contrast(f"{best}", f"{r}").verdict for r in own}
-        return found
-
-    def as_good(self, key: Key) -> list[float]:
-        """Return the rates that are not shown to be worse than the best one."""
-        return [rate for rate, verdict in self.verdicts(key).items() if verdict != "better"]
+    def of_all_ranks(self, scaling: str) -> list[Cell]:
+        """Return the cells of a scaling, the smallest rank first; none where a rank has no best rate."""
+        cells = {cell.rank: cell for cell in self.measured if cell.scaling == scaling}
+        return [cells[rank] for rank in self.ranks] if len(cells) == len(self.ranks) else []
 
     def drift(self, scaling: str) -> float | None:
         """Return the best rate at the largest rank over that at the smallest one; None where there is but one."""
-        low, high = (self.best((scaling, rank)) for rank in (self.ranks[0], self.ranks[-1]))
-        if low is None or high is None or min(len(self.ranks), len(self.rates)) < 2:
+        best = {cell.rank: cell.best for cell in self.measured if cell.scaling == scaling and cell.best is not None}
+        ends = (self.ranks[0], self.ranks[-1])
+        if min(len(self.ranks), len(self.rates)) < 2 or not set(ends) <= best.keys():
             return None
-        return high / low
+        return best[ends[1]] / best[ends[0]]
 
     def serving(self, scaling: str) -> tuple[Verdict, list[float]]:
         """Return the rates that serve every rank, and how surely they do.
@@ -128,70 +137,44 @@ class Sweep:
         Equivalent to the best at every rank; else undecided, not shown to be worse at any; else
         one rate for all is worse, and there is none.
         """
-        found = [self.verdicts((scaling, rank)) for rank in self.ranks]
+        found = [cell.verdicts for cell in self.of_all_ranks(scaling)] or [{}]
         shared = [rate for rate in self.rates if all(own.get(rate, "better") != "better" for own in found)]
         sure = [rate for rate in shared if all(own[rate] == "equivalent" for own in found)]
         return ("equivalent", sure) if sure else ("undecided", shared) if shared else ("worse", [])
 
     def common(self, scaling: str) -> float | None:
         """Return the rate of the lowest mean validation loss of those that serve every rank."""
-        losses = {
-            rate: math.fsum(mean_of(self.trials[scaling, rank][rate], "validation_loss") for rank in self.ranks)
-            for rate in self.serving(scaling)[1]
-        }
-        return min(losses, key=lambda rate: losses[rate], default=None)
+        cells, rates = self.of_all_ranks(scaling), self.serving(scaling)[1]
+        return min(rates, key=lambda rate: math.fsum(cell.losses[rate] for cell in cells), default=None)
 
-    def diverged(self, scaling: str) -> tuple[int, int]:
-        """Count (runs that diverged, runs)."""
-        own = [r for key, rates in self.trials.items() if key[0] == scaling for runs in rates.values() for r in runs]
-        return sum(r.status == DIVERGED for r in own), len(own)
-
-    def worst(self, scaling: str) -> float:
-        """Return the highest validation loss of all rates and ranks that ended."""
-        losses = [
-            mean_of(runs, "validation_loss")
-            for key in self.trials
-            if key[0] == scaling
-            for runs in self.ended(key).values()
-        ]
-        return max(losses, default=math.nan)
-
+    @cached_property
     def fall(self) -> tuple[float, float]:
         """Return (mean loss of the first three steps of all runs, lowest smoothed loss that one ends at)."""
-        curves = [
-            r.series["loss"]
-            for own in self.trials.values()
-            for runs in own.values()
-            for r in runs
-            if len(r.series.get("loss", ())) >= 3 and r.status == DONE
-        ]
+        ended = (r for cell in self.cells.values() for runs in cell.runs.values() for r in runs if r.status == DONE)
+        curves = [r.series["loss"] for r in ended if len(r.series.get("loss", ())) >= 3]
         if not curves:
             return math.nan, math.nan
         start = float(np.mean([np.mean(curve[:3]) for curve in curves]))
         return start, min(smoothed(curve)[-1] for curve in curves)
 
-    def curve(self, key: Key) -> list[float]:
-        """Return the smoothed training loss at the best rate, the mean over seeds."""
-        curves = [smoothed(r.series["loss"]) for r in self.at_best(key) if r.series.get("loss")]
-        return [math.fsum(values) / len(values) for values in zip(*curves, strict=False)]
-
     @property
     def has_learnt(self) -> bool:
         """Tell whether any run learnt enough for scores to tell scalings apart."""
-        start, low = self.fall()
+        start, low = self.fall
         return low <= (1 - LEARNT) * start
 
+    @property
     def target(self) -> float:
         """Return the loss halfway down."""
-        return sum(self.fall()) / 2
-
-    def steps_to(self, key: Key, target: float) -> float | None:
-        """Return the mean steps at the best rate until the training loss is at a target; None if one never is."""
-        found = [reaches(r.series["loss"], target) for r in self.at_best(key)]
-        steps = [step for step in found if step is not None]
-        return float(np.mean(steps)) if steps and len(steps) == len(found) else None
+        return sum(self.fall) / 2
 
 
-def by_loss(records: Sequence[Record]) -> list[Record]:
+def diverged(cells: Sequence[Cell]) -> tuple[int, int]:
+    """Count (runs that diverged, runs)."""
+    runs = [record for cell in cells for own in cell.runs.values() for record in own]
+    return sum(record.status == DIVERGED for record in runs), len(runs)
+
+
+def _by_loss(records: Sequence[Record]) -> list[Record]:
     """Return the records with each row's loss as its score, where that was kept: it tells more."""
     return [replace(r, items={"score": r.items["loss"]}) if r.items.get("loss") else r for r in records]
