@@ -17,6 +17,7 @@ from loralab.models.processors import tokenizer_of
 from loralab.tasks.encode import encode
 from loralab.tasks.examples import IGNORED
 from loralab.tasks.forward import answer_loss
+from loralab.tasks.kinds.image_text import WITH_PICTURES
 from loralab.tasks.kinds.registry import kind_named
 from loralab.tasks.placed import MARK
 from loralab.training.fast.forward_path import fastest_path
@@ -115,10 +116,12 @@ def test_a_run_is_certified_merged_and_answers(name: str, rows: Path, folders: d
     base = str(folders[name])
     run = loralab.train(model=base, data=str(rows), output_dir=tmp_path / "run", training=Training(**SETTINGS))
     assert run.certificate is not None and run.certificate.passed
-    assert sum(sample[0] < 0 for sample in run.sample) == sum("images" in r for r in run.task.splits["validation"][:8])
+    assert sum(sample[0] >= WITH_PICTURES for sample in run.sample) == sum(
+        "images" in r for r in run.task.splits["validation"][:8]
+    )
     assert loralab.verify(tmp_path / "run").passed
     merged = loralab.merge(tmp_path / "run", tmp_path / "merged")
-    assert merged is not None
+    assert merged.passed and merged.prompts == len(run.sample)  # the rows' own, with their pictures
     scoring = Evaluation(split="all", generate=True, max_new_tokens=4, precision="fp32")
     asked: dict[str, Any] = {"data": str(rows), "evaluation": scoring}
     apart = loralab.evaluate(**asked, adapter=tmp_path / "run")
@@ -200,7 +203,7 @@ def test_texts_alone_train_the_language_part(name: str, folders: dict[str, Path]
     )
     assert run.base.kind == KIND
     assert run.adapter.left_out
-    assert all(sample[0] >= 0 for sample in run.sample)
+    assert all(sample[0] < WITH_PICTURES for sample in run.sample)
     assert loralab.merge(tmp_path / "run", tmp_path / "merged")
 
 
@@ -210,7 +213,7 @@ def test_a_live_model_takes_its_processor(rows: Path, tmp_path: Path) -> None:
         model=model, tokenizer=processor, data=str(rows), output_dir=tmp_path / "run", training=Training(**SETTINGS)
     )
     assert run.certificate is not None and run.certificate.passed
-    assert any(sample[0] < 0 for sample in run.sample)
+    assert any(sample[0] >= WITH_PICTURES for sample in run.sample)
 
 
 def test_a_plan_counts_the_tokens_of_pictures(rows: Path, folders: dict[str, Path]) -> None:

@@ -29,7 +29,7 @@ from loralab.artefacts.updates import ENDINGS, Update, is_uniform, updates
 from loralab.errors import ConfigError, ModelError, join_limited, nearest
 from loralab.models import load as models
 from loralab.models.gguf_blocks import LAYERS
-from loralab.models.kinds import CAUSAL, SERVED
+from loralab.models.kinds import CAUSAL, IMAGE_TEXT, SERVED
 
 EXPORT, MERGE, NONE, UNSERVED = "export", "merge", "none", "unserved"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank may be, but for 1
@@ -227,7 +227,10 @@ def _vllm_base(stored: AdapterFolder, base_info: BaseInfo) -> list[Incompatibili
     if base_info.architecture in WITHOUT_LORA:
         found.append(Incompatibility(what=f"vLLM adapts no {base_info.architecture}", remedy=MERGE))
     kind = stored.record.get("base", {}).get("kind") or CAUSAL
-    if kind != CAUSAL:
+    if kind == IMAGE_TEXT:
+        what = "the base reads pictures too, and what vLLM calls the layers of such models is not known here"
+        found.append(Incompatibility(what=what, remedy=MERGE))
+    elif kind != CAUSAL:
         what = f"the base is of kind {kind}, and no language model"
         found.append(Incompatibility(what=what, remedy=NONE if kind in SERVED else UNSERVED))
     return found

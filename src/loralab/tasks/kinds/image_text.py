@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loralab.errors import DataError
 from loralab.tasks import encode
 from loralab.tasks.batches import padded
 from loralab.tasks.catalog import Task
@@ -19,6 +20,7 @@ from loralab.tasks.pictured import TYPES, Segment, inputs_of, processed
 
 PIXELS = PICTURE_SIDE * PICTURE_SIDE * 3  # values of a small picture
 MAX_SAMPLED_PICTURES = 2
+WITH_PICTURES = 1 << 62  # no id of a token: a sample begins with this and the number of its pictures
 
 
 class ImageText(Causal):
@@ -44,13 +46,11 @@ class ImageText(Causal):
 
     def sample_batch(self, sample: Sequence[int], tokenizer: Any) -> dict[str, Tensor]:
         """Return such an input as a batch of one row."""
-        if sample[0] >= 0:
+        if sample[0] < WITH_PICTURES:
             batch = super().sample_batch(sample, tokenizer)
             return batch | dict.fromkeys(TYPES, torch.zeros_like(batch["input_ids"]))
-        end = 1 - sample[0] * PIXELS
-        values = [bytes(sample[start : start + PIXELS]) for start in range(1, end, PIXELS)]
-        text = "".join(map(chr, sample[end:]))
-        made = processed(tokenizer, [text], [[_from_bytes(own) for own in values]], return_tensors="pt")
+        text, pictures = _shown(sample)
+        made = processed(tokenizer, [text], [pictures], return_tensors="pt")
         types = next((made[name] for name in TYPES if name in made), torch.zeros_like(made["input_ids"]))
         return {**made, **dict.fromkeys(TYPES, types)}
 
@@ -86,7 +86,7 @@ def _opened(pictures: Sequence[Any] | None) -> list[Any]:
 
 
 def _sample(task: Task, row: Row, tokenizer: Any) -> Ids:
-    """Return the ids of a text; or minus the number of pictures, their values made small, and the text's codes.
+    """Return the ids of a text; or the number of pictures, their values made small, and the text's codes.
 
     Of the pictures the first are taken, of the text what stands behind the last.
     """
@@ -97,10 +97,21 @@ def _sample(task: Task, row: Row, tokenizer: Any) -> Ids:
     token = tokenizer.processor.image_token
     text = token * len(taken) + asked.text.rpartition(token)[2][-4 * SAMPLE_TOKENS :]
     values = [value for picture in taken for value in small(picture.open())]
-    return (-len(taken), *values, *map(ord, text))
+    return (WITH_PICTURES + len(taken), *values, *map(ord, text))
 
 
-def _from_bytes(values: bytes) -> Any:
+def _shown(sample: Sequence[int]) -> tuple[str, list[Any]]:
+    """Return the text and the pictures of a sample.
+
+    Raises:
+        DataError: it is not one that was made here.
+    """
     from PIL import Image
 
-    return Image.frombytes("RGB", (PICTURE_SIDE, PICTURE_SIDE), values)
+    end = 1 + min(sample[0] - WITH_PICTURES, MAX_SAMPLED_PICTURES) * PIXELS
+    side = (PICTURE_SIDE, PICTURE_SIDE)
+    try:
+        values = [bytes(sample[start : start + PIXELS]) for start in range(1, end, PIXELS)]
+        return "".join(map(chr, sample[end:])), [Image.frombytes("RGB", side, own) for own in values]
+    except (ValueError, OverflowError) as error:
+        raise DataError(f"a sample with pictures is damaged: {error}", code="damaged", field="sample") from None
