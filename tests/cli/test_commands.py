@@ -13,7 +13,7 @@ import pytest
 
 import loralab
 from loralab.artefacts.engines import Incompatibility, Verdict
-from loralab.cli import _as_interrupt, _ended, _thread_ended, artefacts, run
+from loralab.cli import _as_interrupt, _ended, _thread_ended, artefacts, run, study, train  # noqa: F401  (they add commands)
 from loralab.cli.options import pairs
 from loralab.errors import ConfigError
 from loralab.studies.fields import from_toml
@@ -313,7 +313,7 @@ def test_sigterm_is_ctrl_c(ignored: bool) -> None:
     "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
 )
 def test_memory_that_ran_out_is_said_so(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _ended(error) == 1
+    assert _ended(error, []) == 1
     assert capsys.readouterr().err.startswith("error: memory ran out")
 
 
@@ -349,3 +349,14 @@ def test_every_command_is_a_function_of_the_same_word() -> None:
     for word in words:
         function = getattr(loralab, word)
         assert inspect.isfunction(function) and function.__name__ == word
+
+
+@pytest.mark.parametrize(
+    ("typed", "resumes"),
+    [(["train"], True), (["study", "rank"], True), (["audit", "train"], False), (["evaluate"], False), ([], False)],
+)
+def test_an_interrupted_command_says_resume_where_it_can(
+    typed: list[str], resumes: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _ended(KeyboardInterrupt(), typed) == 130
+    assert ("--resume" in capsys.readouterr().err) == resumes

@@ -40,13 +40,13 @@ def run(arguments: list[str]) -> int:
         train.take_method(arguments)
         result: Any = typer.main.get_command(app).main(arguments, prog_name="loralab", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
-        return _ended(error)
+        return _ended(error, arguments)
     if result == INTERRUPTED:  # what typer makes of Ctrl-C
-        return _interrupted()
+        return _interrupted(arguments)
     return result if isinstance(result, int) else 0
 
 
-def _ended(error: BaseException) -> int:
+def _ended(error: BaseException, arguments: list[str]) -> int:
     """Print an error for the user and return its exit code."""
     if isinstance(error, BrokenPipeError):
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (nobody reads on)
@@ -54,7 +54,7 @@ def _ended(error: BaseException) -> int:
     if isinstance(error, Exit):
         return int(error.exit_code)
     if isinstance(error, KeyboardInterrupt | Abort):
-        return _interrupted()
+        return _interrupted(arguments)
     if isinstance(error, TyperException):
         return _say(f"error: {' '.join(error.format_message().split())}", 2)
     if isinstance(error, LoralabError):
@@ -82,8 +82,13 @@ def _thread_ended(ended: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(ended)
 
 
-def _interrupted() -> int:
-    return _say("interrupted; to go on, give the same command with --resume", INTERRUPTED)
+def _interrupted(arguments: list[str]) -> int:
+    """Say so, and how to go on where a command can."""
+    commands: Any = typer.main.get_command(app)
+    command = next((commands.commands[name] for name in arguments if name in commands.commands), None)
+    can_resume = command is not None and any("--resume" in own.opts for own in command.params)
+    hint = "; to go on, give the same command with --resume" if can_resume else ""
+    return _say(f"interrupted{hint}", INTERRUPTED)
 
 
 def _fail(error: BaseException, code: int, prefix: str = "error: ") -> int:
