@@ -53,19 +53,43 @@ def test_more_alternatives_than_were_kept_are_computed(opened: Open) -> None:
         assert all(len(one.top) == alternatives for one in done.logprobs[1:])
 
 
-def test_many_alternatives_are_not_kept() -> None:
+def test_whole_blocks_are_kept_with_the_token_behind_them() -> None:
     scores, names = PromptScores(), block_hashes("", CONTEXT)
     places = [(-1.0, [(1, -1.0)] * 9)] * len(CONTEXT)
-    scores.keep(names, CONTEXT, places, MAX_ALTERNATIVES + 1)
-    assert scores.known(names, CONTEXT, 0) == []
+    scores.keep(names, CONTEXT, places[: BLOCK_SIZE - 1], MAX_ALTERNATIVES)
+    assert scores.known(names, CONTEXT, 0) == []  # no whole block
     scores.keep(names, CONTEXT, places, MAX_ALTERNATIVES)
     assert scores.known(names, CONTEXT, 2) == [(-1.0, [(1, -1.0)] * 2)] * (2 * BLOCK_SIZE)
     other = [*CONTEXT[: 2 * BLOCK_SIZE], 99]  # another token behind the second block
     assert len(scores.known(names, other, 1)) == BLOCK_SIZE
 
 
-def scored(number: int, tokens: list[int]) -> TokenSequence:
-    return TokenSequence(number=number, key=None, tokens=tokens, scored=1, alternatives=1)
+@pytest.mark.parametrize("alternatives", [1, MAX_ALTERNATIVES, MAX_ALTERNATIVES + 1])
+def test_many_alternatives_are_not_kept_and_nobody_waits_for_them(opened: Open, alternatives: int) -> None:
+    engine, events = opened(), list[Any]()
+    engine.observe = events.append
+    prompts = [CONTEXT + ending for ending in ENDINGS]
+    done = engine.generate(prompts, adapters=["lora"] * len(prompts), sampling=echo(alternatives, new=0))
+    kept = alternatives <= MAX_ALTERNATIVES
+    assert sum(event["kind"] == "step" for event in events) == (2 if kept else 1)
+    assert [one.finished.cached_tokens for one in done] == [0, *3 * [2 * BLOCK_SIZE if kept else 0]]
+
+
+def test_a_beginning_that_is_read_in_pieces_is_read_once(opened: Open) -> None:
+    engine = opened(step_tokens=BLOCK_SIZE + 8)
+    done = engine.generate([CONTEXT + ending for ending in ENDINGS], adapters=["lora"] * 4, sampling=echo())
+    assert [one.finished.cached_tokens for one in done] == [0, *3 * [2 * BLOCK_SIZE]]
+
+
+def scored(number: int, tokens: list[int], alternatives: int = 1) -> TokenSequence:
+    return TokenSequence(number=number, key=None, tokens=tokens, scored=1, alternatives=alternatives)
+
+
+def test_nobody_waits_for_who_tells_less() -> None:
+    plan = Scheduler(BlockManager(64), max_sequences=8, step_tokens=256)
+    for row in (TokenSequence(number=0, key=None, tokens=[*CONTEXT, 1]), scored(1, CONTEXT), scored(2, CONTEXT, 2)):
+        plan.add(row)
+    assert {chunk.sequence.number for chunk in plan.plan()} == {0, 1, 2}
 
 
 def test_who_shares_a_beginning_waits_for_it_and_others_do_not() -> None:

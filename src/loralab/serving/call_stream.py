@@ -205,7 +205,7 @@ class CallStream:
         return re.sub(r"\S", "", between.replace(self._end, ""))
 
     def _begin_object(self, before: str) -> bool:
-        self._held += before
+        self._held += before.replace(self._end, "")  # the mark behind an earlier call tells nothing
         self._buffer, self._nesting, self._scanned = self._buffer[len(before) :], Nesting(), 0
         return self._go(self._object)
 
@@ -273,4 +273,5 @@ def named_call(call: Mapping[str, Any], names: Collection[str]) -> tuple[str, st
     if name not in names:
         raise KeyError(name)
     arguments = call.get("arguments", call.get("parameters", {}))
-    return name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return name, text.encode(errors="backslashreplace").decode()  # half a pair of surrogates stays escaped

@@ -106,7 +106,6 @@ class Generation(TextRequest):
     stop_filter: StopStringFilter = field(init=False)
     detokenizer: IncrementalDetokenizer = field(init=False)
     sampler: SamplerState = field(init=False)
-    _judged: dict[int, Judged] = field(default_factory=dict)  # tokens of the prompt, by place
     _begun: int | None = None  # characters of the prompt in the text; None: it was not read yet
     _certain: str = ""  # text that was not told yet
     _untold: list[int] = field(default_factory=list)
@@ -125,7 +124,7 @@ class Generation(TextRequest):
     def take_logits(self, sequence: TokenSequence, chunk: Chunk, logits: Tensor) -> bool:
         """Take the logits of a computed chunk; return whether a next token is due."""
         if sequence.scored is not None:
-            self._judge(sequence.scored - 1, chunk, logits)
+            self._judge(chunk, logits)
         if sequence.left:
             return False
         if self._begun is None:
@@ -178,30 +177,29 @@ class Generation(TextRequest):
         )
         self.answer.tell(self.finished)
 
-    def _judge(self, prefix_tokens: int, chunk: Chunk, logits: Tensor) -> None:
-        """Note the log-probabilities of the prompt's tokens."""
-        start = chunk.logit_positions.start + 1 - prefix_tokens
-        tokens = self.prompt[start : start + len(logits)]  # the last row may be that of an answer's token
-        found = judge(logits[: len(tokens)], tokens, self.sampling.logprobs or 0) if tokens else []
-        self._judged |= dict(enumerate(found, start))
+    def _judge(self, chunk: Chunk, logits: Tensor) -> None:
+        """Note the log-probabilities of the prompt's tokens; those of a prefix have none."""
+        sequence, start = chunk.sequence, chunk.logit_positions.start
+        tokens = sequence.tokens[start + 1 : start + 1 + len(logits)]  # the last row may be that of an answer's token
+        sequence.judged += [None] * (start - len(sequence.judged))
+        if tokens:
+            sequence.judged += judge(logits[: len(tokens)], tokens, self.sampling.logprobs or 0)
 
     def _begin(self, sequence: TokenSequence) -> None:
         """Begin the answer after the prompt, which is told first if it is to be echoed."""
+        judged: list[Judged | None] = [None] * len(self.prompt)
         if sequence.scored is not None:
-            first = 2 - sequence.scored  # the prompt's token after place 0; what is before the prompt is never judged
-            self._judged |= {first + place: own for place, own in enumerate(sequence.judged) if own is not None}
-            sequence.judged = [self._judged.get(first + place) for place in range(len(sequence.tokens) - 1)]
+            judged = [(None, []), *sequence.judged[sequence.scored - 1 :]]  # nothing tells of the first token
         sequence.scored = None
         if self.sampling.echo:
-            explained = self.sampling.logprobs is not None
             texts = [
                 self._spelt(
                     token,
-                    self._judged.get(place, (None, [])) if explained else None,
+                    own,
                     # of special tokens only the start was not asked for
                     special=place > 0 or token != self.tokens.start,
                 )
-                for place, token in enumerate(self.prompt)
+                for place, (token, own) in enumerate(zip(self.prompt, judged, strict=True))
             ]
             self.answer.tell(Delta(text="".join(texts), tokens=(), logprobs=(*self._explained,)))
             self._explained = []

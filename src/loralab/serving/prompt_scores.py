@@ -12,7 +12,7 @@ from loralab.serving.blocks import BLOCK_SIZE
 from loralab.serving.request import Judged
 
 MAX_BLOCKS = 8192
-MAX_ALTERNATIVES = 5  # more of them at each token take too much memory
+MAX_ALTERNATIVES = 5  # at each token; of requests for more nothing is kept, as it takes too much memory
 
 Places = Sequence[Judged | None]
 """The token after each place, judged; None where nobody asked."""
@@ -36,10 +36,8 @@ class PromptScores:
         return found
 
     def keep(self, names: Sequence[bytes], tokens: Sequence[int], places: Places, alternatives: int) -> None:
-        """Keep what was told of all places of some tokens but the last, with so many alternatives."""
-        if alternatives > MAX_ALTERNATIVES:
-            return
-        for name, stop in zip(names, range(BLOCK_SIZE, len(tokens), BLOCK_SIZE), strict=False):
+        """Keep what was told of the first places of some tokens, with so many alternatives."""
+        for name, stop in zip(names, range(BLOCK_SIZE, len(places) + 1, BLOCK_SIZE), strict=False):
             key = name, tokens[stop]
             if self._kept.get(key, (-1, ()))[0] < alternatives:
                 self._kept[key] = alternatives, tuple(places[stop - BLOCK_SIZE : stop])

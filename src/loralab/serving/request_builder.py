@@ -13,6 +13,7 @@ from loralab.serving.adapters.tokenizers import AdapterTokenizers
 from loralab.serving.constraints import Compiled, Constraints
 from loralab.serving.detokenize import TokenBytes
 from loralab.serving.live_request import Generation, LabelScoring
+from loralab.serving.prompt_scores import MAX_ALTERNATIVES
 from loralab.serving.request import Answer, Sampling
 from loralab.serving.scheduler import TokenSequence
 from loralab.tasks.catalog import Task
@@ -82,14 +83,14 @@ class RequestBuilder:
         return live
 
     def _sequence(self, tokens: list[int], entry: AdapterInfo | None, sampling: Sampling) -> TokenSequence:
-        explained = sampling.echo and sampling.logprobs is not None
+        told = -1 if sampling.logprobs is None or not sampling.echo else sampling.logprobs
         return TokenSequence(
             number=next(self._numbers),
             key=digest_of(entry),
             tokens=tokens,
-            scored=prefix_tokens_of(entry) + 1 if explained else None,
+            scored=prefix_tokens_of(entry) + 1 if told >= 0 else None,
             continued=sampling.max_tokens > 0,
-            alternatives=sampling.logprobs if explained else None,
+            alternatives=told if told <= MAX_ALTERNATIVES else -1,
         )
 
     def _as_trained(self, prompt: Sequence[int], entry: AdapterInfo | None) -> bool:

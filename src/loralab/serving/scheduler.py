@@ -28,8 +28,8 @@ class TokenSequence:
         blocks: where they lie.
         scored: the first token whose probability is asked for; None is that of a next one.
         continued: whether that of a next one is asked for beside what is scored.
-        alternatives: to the scored tokens, if what is known of them may be used; else None.
-        judged: what is known of the tokens after the first places, or of all once they were scored.
+        alternatives: to the scored tokens, while what is told of them is kept for others; else -1.
+        judged: the tokens after the first places, as far as they were scored or known.
         names: hashes of its full blocks that others may share.
     """
 
@@ -41,7 +41,7 @@ class TokenSequence:
     done: int = 0
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
-    alternatives: int | None = None
+    alternatives: int = -1
     judged: list[Judged | None] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)
 
@@ -154,10 +154,10 @@ class Scheduler:
         return self._waiting[sequence.key]
 
     def keep_scores(self, sequence: TokenSequence) -> None:
-        """Keep what a sequence that was scored to its end tells of its tokens."""
-        if sequence.alternatives is not None and sequence.scored is None:
+        """Keep what a sequence has told of its tokens so far."""
+        if sequence.alternatives >= 0:
             self.scores.keep(sequence.names, sequence.tokens, sequence.judged, sequence.alternatives)
-            sequence.alternatives = None
+            sequence.alternatives = -1 if sequence.scored is None else sequence.alternatives
 
     def _admitted(self, later: list[TokenSequence]) -> Iterator[TokenSequence]:
         """Yield sequences to let in: each time one of the adapter that was given the least.
@@ -183,7 +183,7 @@ class Scheduler:
     def _match(self, sequence: TokenSequence) -> None:
         """Begin a sequence with the blocks that others left, as far as no logits of them are wanted."""
         root, until = sequence.key or "", sequence.first_logit_position
-        if sequence.alternatives is None:
+        if sequence.alternatives < 0:
             sequence.names = block_hashes(root, sequence.tokens[:until])
         else:
             sequence.names = block_hashes(root, sequence.tokens[:-1])
@@ -194,10 +194,13 @@ class Scheduler:
         del sequence.judged[sequence.done :]
 
     def _is_being_read(self, sequence: TokenSequence) -> bool:
-        """Return whether the first block that a sequence lacks is on its way for another one."""
+        """Return whether the first block that a sequence lacks is on its way for another one that tells as much."""
         missing = sequence.names[len(sequence.blocks) : len(sequence.blocks) + 1]
         return bool(missing) and any(
-            other.left > 1 and missing[0] in other.names[other.done // BLOCK_SIZE :] for other in self.running
+            other.left > 1
+            and other.alternatives >= sequence.alternatives
+            and missing[0] in other.names[other.done // BLOCK_SIZE :]
+            for other in self.running
         )
 
     def _requeue(self, sequence: TokenSequence) -> None:
@@ -206,7 +209,7 @@ class Scheduler:
 
     def _reset(self, sequence: TokenSequence) -> None:
         self._free(sequence)
-        sequence.done, sequence.cached = 0, 0
+        sequence.done, sequence.cached, sequence.judged = 0, 0, []
 
     def _allocate(
         self, sequence: TokenSequence, tokens: int, chosen: dict[TokenSequence, Chunk], *, push: bool = True
