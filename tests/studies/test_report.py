@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,8 @@ def test_the_rows_that_are_spoken_of_are_those_that_were_scored() -> None:
     setup = StudySetup(study="mine", model="m", data="d", rows={"test": 300})
     assert section("mine", setup, planted("a", [1, 0, 1])).measured.values["rows"] == 3
     assert section("mine", setup, []).measured.values["rows"] is None
+    whole = [replace(run, items={"score": [0.7], "loss": [-0.1, -0.2]}) for run in planted("a", [1, 0])]
+    assert section("mine", setup, whole).measured.values["rows"] == 2  # one score for all of them
 
 
 def test_a_table_in_markdown_keeps_its_columns() -> None:

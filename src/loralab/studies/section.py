@@ -80,7 +80,8 @@ def section(name: str, setup: StudySetup, records: Sequence[Record], folder: str
 
 def measured(setup: StudySetup, records: Sequence[Record]) -> Message:
     """Say how the runs of a study were made equal, and what they cost."""
-    scored = [len(r.items["score"]) for r in records if r.items.get("score")]  # a task may have fewer than asked for
+    # a task may have fewer rows than were asked for, and a score may be one for all of them
+    scored = [len(r.items[name]) for r in records for name in ("score", "loss") if r.items.get(name)]
     return Message(
         "page.measured",
         model=setup.model,

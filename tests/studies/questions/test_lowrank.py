@@ -17,6 +17,7 @@ from torch import nn
 from loralab.adapters.spectrum import overlap
 from loralab.errors import ConfigError
 from loralab.studies import verdicts
+from loralab.studies.evidence import parameters
 from loralab.studies.measures import dimension as measured_dimension
 from loralab.studies.measures import frozen, overlaps, spectra
 from loralab.studies.message import Message
@@ -271,6 +272,14 @@ def test_what_decides_is_what_every_arm_is_scored_by(tiny_bert_folder: Path, noi
         assert max(found[name].items["score"]) < 0
         assert "majority" not in found[name].items
     assert (found["head"].status, found["head"].items) == ("failed", {})
+
+
+def test_a_linear_head_trains_nothing_beside_the_head(tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
+    setup = setup_of("lowrank", tiny_bert_folder, noise_file, seeds=1)
+    head = Trial(measure=frozen.MEASURE_FROZEN, setup=setup, arm=Arm(name=lowrank.HEAD), seed=0)
+    record = measured(head, tmp_path, lambda event: None)
+    assert record.numbers["parameters"] > 0
+    assert parameters([record]) == 0
 
 
 def test_the_values_are_numbers_of_directions(tiny_bert_folder: Path, noise_file: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
+from loralab.studies.evidence import own_interval
 from loralab.studies.measures.cuts import truncated
 from loralab.studies.questions import rank
 from loralab.studies.study import Arm, Record, StudySetup
@@ -79,6 +80,20 @@ def test_a_metric_that_no_row_has_draws_its_cuts() -> None:
     records = [replace(r, items={"score": [0.7], "cut 2": [0.6]}) for r in planted("r=8", [0.7], seeds=2)]
     (row,) = next(chart for chart in rank.conclude(records, SETUP).figures if chart.name == "rank-cut").rows
     assert row["low"] < row["value"] < row["high"]
+
+
+def test_a_cut_that_changes_nothing_is_as_uncertain_as_the_whole() -> None:
+    runs = [
+        replace(
+            run,
+            numbers={**run.numbers, "score": 0.7, "test_accuracy": 0.5},
+            items={"score": [-0.7, -0.7], "cut 2": [-0.7, -0.7]},
+            texts={"metric": "loss"},
+        )
+        for run in planted("r=8", [0.7], seeds=1)
+    ]
+    (row,) = next(chart for chart in rank.conclude(runs, SETUP).figures if chart.name == "rank-cut").rows
+    assert (row["value"], row["low"], row["high"]) == own_interval(runs)
 
 
 def test_nothing_measured_is_said() -> None:

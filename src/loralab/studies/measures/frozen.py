@@ -47,7 +47,8 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     x, y = scaled["test"]
     right = (logits(head, x).argmax(dim=1) == y).double()
     losses = {f"{split}_loss": _loss(head, *rows) for split, rows in scaled.items()}
-    numbers = {"score": float(right.mean()), "parameters": head.numel(), **losses}
+    sizes = dict.fromkeys(("parameters", "head_parameters"), head.numel())
+    numbers = {"score": float(right.mean()), **sizes, **losses}
     return trial.record(numbers=numbers, items={"score": right.tolist()}, texts={"metric": "accuracy"})
 
 

@@ -72,10 +72,9 @@ def _cut_chart(records: Sequence[Record], metric: Metric) -> Chart:
     """Return the score of every cut against its rank; dashed, that of the whole."""
     sign, rows = 1 if metric.rises else -1, []
     for rank in _cuts(records):
-        items = [record.items[f"{CUT}{rank}"] for record in records]
-        scores = [{"score": sign * float(np.mean(own))} for own in items]
-        cut = [replace(r, numbers=n, items={"score": own}) for r, n, own in zip(records, scores, items, strict=True)]
-        value, low, high = own_interval(cut)
+        cut = [replace(record, items={"score": record.items[f"{CUT}{rank}"]}) for record in records]
+        scores = [{**own.numbers, "score": sign * float(np.mean(own.items["score"]))} for own in cut]
+        value, low, high = own_interval([replace(r, numbers=own) for r, own in zip(cut, scores, strict=True)])
         rows.append({"arm": f"r={rank}", "x": rank, "value": value, "low": low, "high": high})
     whole = mean_of(records, "score")
     axes, rises = ("rank.rank_kept", Message("axis.score", metric=metric.text)), metric.rises

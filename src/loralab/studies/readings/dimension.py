@@ -13,6 +13,7 @@ import numpy as np
 from loralab.studies.contrast import SEED, Floats
 from loralab.studies.evidence import Metric
 from loralab.studies.message import Chart, Column, Message, Table, chart, columns
+from loralab.studies.ranking import FLOOR
 from loralab.studies.readings.low_rank import Part
 from loralab.studies.statistics import difference, monotone
 from loralab.studies.study import Finding, Record
@@ -53,8 +54,8 @@ def _by_row(records: Sequence[Record]) -> Floats | None:
 
 def _floor(records: Sequence[Record]) -> Floats | None:
     """Return the better of the untrained model and the commonest label, by test row."""
-    own = next((r for r in records if "majority" in r.items or r.arm.name == "base"), None)
-    rows = [np.asarray(own.items[name], dtype=float) for name in ("score", "majority") if own and name in own.items]
+    items = next((record.items for record in records if record.arm.name == FLOOR), {})
+    rows = [np.asarray(items[name], dtype=float) for name in ("score", "majority") if name in items]
     return max(rows, key=lambda items: float(items.mean()), default=None)
 
 
