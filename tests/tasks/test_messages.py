@@ -111,6 +111,8 @@ def test_other_roles_are_refused(role: object, tmp_path: Path) -> None:
         ([{"type": "text", "text": "a", "weight": 0}], "not_text"),
         (["a"], "not_text"),
         ("\ud83d", "half_a_character"),
+        ("a\ufdd0", "not_a_character"),
+        ([{"type": "text", "text": "a\ufdd0"}], "not_a_character"),
     ],
 )
 def test_other_content_is_refused(content: object, code: str, tmp_path: Path) -> None:

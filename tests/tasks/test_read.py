@@ -154,6 +154,7 @@ def test_a_folder_brings_its_splits(write: Write, tmp_path: Path) -> None:
         ("a.json", '[{"text": "a"}, {"text": null}]', "missing_value", "row 2"),
         ("a.jsonl", '{"prompt": "a", "completion": 7}', "not_text", "line 1"),
         ("a.jsonl", '{"text": "\\ud83d"}', "half_a_character", "line 1"),
+        ("a.jsonl", '{"text": "\\ufdd0"}', "not_a_character", "line 1"),
         ("a.parquet", b"PAR1", "damaged_file", ""),
         ("a.csv", "review,stars\na,1\n", "no_format", ""),
         ("a.xlsx", "", "unknown_kind_of_file", ""),

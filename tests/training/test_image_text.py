@@ -189,9 +189,11 @@ def test_towers_learn_from_pictures_and_from_nothing_else(rows: Path, folders: d
     moved = {path for path, module in run.adapter.modules.items() if module.delta().any()}
     assert any("vision_tower" in path for path in moved)
     texts = [{"prompt": f"How many {n}?", "completion": f"four {n}"} for n in range(9)]
-    with pytest.raises(ConfigError) as error:
-        loralab.train(**given, data=texts, method=method, output_dir=tmp_path / "texts")
-    assert (error.value.code, error.value.field) == ("towers_without_pictures", "target_modules")
+    for target in (("all-linear", "towers"), "towers"):
+        method = loralab.LoRA(rank=2, target_modules=target)
+        with pytest.raises(ConfigError) as error:
+            loralab.train(**given, data=texts, method=method, output_dir=tmp_path / "texts")
+        assert (error.value.code, error.value.field) == ("towers_without_pictures", "target_modules")
     assert not (tmp_path / "texts").exists()
 
 
@@ -252,3 +254,6 @@ def test_a_text_model_takes_no_pictures(rows: Path, tiny_llama_folder: Path, tmp
     with pytest.raises(ConfigError) as asked:
         loralab.generate("What?", model=str(tiny_llama_folder), images=[rows.parent / "red.png"])
     assert (asked.value.code, asked.value.field) == ("pictures_unread", "image")
+    with pytest.raises(DataError) as strange:
+        loralab.generate("What\ufdd0?", model=str(tiny_llama_folder))
+    assert strange.value.code == "not_a_character"

@@ -14,7 +14,7 @@ from loralab.errors import DataError, format_value, join_limited, nearest
 from loralab.tasks.advice import mapping_option, without_columns
 from loralab.tasks.beside import MARK_FIELDS, MESSAGE_FIELD, mark_of, reason_to_refuse
 from loralab.tasks.formats import IN_MESSAGES, is_conversation, is_empty
-from loralab.tasks.placed import SOURCES, marked_parts
+from loralab.tasks.placed import MARK, SOURCES, marked_parts
 from loralab.tasks.thoughts import FIELD, FIELDS
 from loralab.tasks.tools import calls_of
 
@@ -136,7 +136,7 @@ def _message(place: str, message: Any, reading: Reading) -> dict[str, Any]:
     ]
     bare = bool(calls) or role == "tool"
     value, sources = marked_parts(place, role, value)
-    found: dict[str, Any] = {"role": role, "content": _content(place, own[1], value, bare=bare)}
+    found: dict[str, Any] = {"role": role, "content": _content(place, own[1], value, bare, len(sources))}
     found |= {SOURCES: sources} if sources else {}
     found |= {FIELD: thought} if thought else {}
     found |= {"tool_calls": calls} if calls else {}
@@ -212,22 +212,23 @@ def _thought(place: str, used: Mapping[str, Any], value: Any) -> str:
     return next(iter(found.values()), "")
 
 
-def _content(place: str, name: str, value: Any, *, bare: bool) -> str:
+def _content(place: str, name: str, value: Any, bare: bool, pictures: int) -> str:
     """Return the text of a message; parts of text are joined, as servers do.
 
     Args:
         bare: whether it may be empty: beside calls, and where a tool returned nothing.
+        pictures: how many are marked in it.
     """
     parts = value if isinstance(value, list) else []
     texts = [part for part in parts if _kind(part) not in THOUGHT_PARTS]
     if texts and all(map(_is_text, texts)):
         value = "".join(part[TEXT_PARTS[part["type"]]] for part in texts)
     if isinstance(value, str) and (value.strip() or bare):
-        return text_in(place, "a message", value)
+        return text_in(place, "a message", value, pictures)
     if bare and (is_empty(value) or (parts and not texts)):
         return ""
     if bare and isinstance(value, dict):  # what a tool returned
-        return json.dumps(value, ensure_ascii=False)
+        return text_in(place, "a message", json.dumps(value, ensure_ascii=False))
     if isinstance(value, list) and value:
         kinds = join_limited(dict.fromkeys(str(_kind(part)) for part in value))
         found = f"{len(value)} parts ({kinds}); parts that are no text are not supported"
@@ -249,11 +250,14 @@ def _kind(part: Any) -> Any:
     return kind if isinstance(kind, str) else type(kind).__name__
 
 
-def text_in(place: str, what: str, value: Any) -> str:
+def text_in(place: str, what: str, value: Any, pictures: int = 0) -> str:
     """Return a value that must be a text that can be written.
 
+    Args:
+        pictures: how many are marked in it.
+
     Raises:
-        DataError: it is something else, or holds half a character.
+        DataError: it is something else, or holds half a character, or the mark of a picture that is none.
     """
     if not isinstance(value, str):
         remedy = "; a conversation is read whole from 'messages'" if is_conversation(value) else ""
@@ -263,4 +267,9 @@ def text_in(place: str, what: str, value: Any) -> str:
     except UnicodeEncodeError as error:  # JSON can spell half of a character: "\ud83d"
         half = value[error.start]
         raise DataError(f"{place}: {what} holds half a character ({half!a})", code="half_a_character") from None
+    if value.count(MARK) != pictures:
+        raise DataError(
+            f"{place}: {what} holds the character {MARK!a}, which is none of any text; remove it",
+            code="not_a_character",
+        )
     return value

@@ -30,6 +30,7 @@ from loralab.tasks.kinds.image_text import beside
 from loralab.tasks.kinds.registry import kind_named
 from loralab.tasks.kinds.writer import Writer
 from loralab.tasks.memory import plain
+from loralab.tasks.messages import text_in
 from loralab.tasks.pictured import Segment
 from loralab.tasks.pictures import PictureFile
 from loralab.tasks.placed import picture_in
@@ -210,7 +211,9 @@ def generate(
     Raises:
         InputError: a model or an adapter is wrong, or there is nothing to answer.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    every = [prompts] if isinstance(prompts, str) else prompts
+    prompts = [text_in(f"prompt {number}", "the text", prompt) for number, prompt in enumerate(every, 1)]
+    system = system and text_in("system", "the text", system)
     if not prompts:
         raise ConfigError("there is no prompt; give one, or pipe some in, one a line", code="no_prompt", field="prompt")
     if not adapters and not with_base:

@@ -40,7 +40,7 @@ from loralab.training.request import Request
 from loralab.training.run_facts import RunFacts, facts_of, require_same, write_facts
 from loralab.training.settings import Training
 from loralab.training.shard import require_shardable, shard_base
-from loralab.training.towers import with_idle_towers
+from loralab.training.towers import require_pictures, with_idle_towers
 from loralab.training.world import world
 from loralab.values import read_toml
 
@@ -138,6 +138,7 @@ def _ready(
     if adapter.budget is not None:
         adapter.budget.plan(steps)
     _require_rows_to_occur(adapter, encoded)
+    require_pictures(adapter, encoded)
     if training.shard_base and load is None:
         shard_base(base.model, [adapter], world())
     pad_id = base.tokenizer.pad_token_id or 0

@@ -11,22 +11,26 @@ from loralab.training.fast.forward_path import ForwardPath, smallest_with_pictur
 from loralab.training.learning import NO_EARLY_GRADIENT, in_towers, trained
 
 
-def with_idle_towers(adapter: Adapter, path: ForwardPath, encoded: Encoded) -> Encoded:
-    """Return the rows with a note of adapted layers of towers that no gradient reaches, if there are any.
+def require_pictures(adapter: Adapter, encoded: Encoded) -> None:
+    """Refuse to adapt towers where no row has a picture.
 
     Raises:
-        ConfigError: towers are adapted, and no row has a picture.
+        ConfigError: it would leave them as they are.
     """
-    if not (tensors := in_towers(adapter, list(trained(adapter)))):
-        return encoded
-    seen = smallest_with_picture(encoded.examples)
-    if not seen:
+    if not smallest_with_picture(encoded.examples) and in_towers(adapter, list(trained(adapter))):
         raise ConfigError(
             "target_modules means layers of towers, which no training row reaches: none has a picture; leave them "
             "out, or give rows with a column image or images",
             code="towers_without_pictures",
             field="target_modules",
         )
+
+
+def with_idle_towers(adapter: Adapter, path: ForwardPath, encoded: Encoded) -> Encoded:
+    """Return the rows with a note of adapted layers of towers that no gradient reaches, if there are any."""
+    if not (tensors := in_towers(adapter, list(trained(adapter)))):
+        return encoded
+    seen = smallest_with_picture(encoded.examples)
     known = {name: p for name, p in trained(adapter).items() if name in tensors}
     with path.activated(), torch.random.fork_rng():
         found = torch.autograd.grad(path.loss(seen), list(known.values()), allow_unused=True)
