@@ -225,20 +225,8 @@ def tests(device: torch.device, tiny: bool) -> Iterator[Line]:
         return
     picked = ["-k", "test_thin"] if tiny else ["-m", "not slow"]
     for place in places:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "--tb=no",
-            "-rfE",
-            "-W",
-            "default",
-            *picked,
-            str(place),
-        ]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", "-W", "default"]
+        command += [*picked, str(place)]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
         lines = done.stdout.splitlines()
         bad = [li.split(" - ")[0] for li in lines if li.startswith(("FAILED", "ERROR"))]

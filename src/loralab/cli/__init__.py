@@ -17,7 +17,7 @@ from loralab.errors import InputError, LoralabError
 
 INTERRUPTED = 130
 # what libraries make when they are imported stays: to look through all of it again and again takes a tenth of the start
-SPARING = (50_000, 20, 1000)
+SPARING = (50_000, 20, 10)
 NO_MEMORY = ("can't allocate memory", "out of memory")  # torch says it in a RuntimeError
 
 

@@ -33,6 +33,7 @@ from loralab.training.fast.forward_path import (
     noise,
     on_device,
     packed_states,
+    random_states,
     rounded_up,
     smallest_with_picture,
 )
@@ -104,10 +105,10 @@ class Joint:
                 found = gradient_of(self.losses(both)[0], adapter)
             model.train()
             self.model.train()
-            before = _random_states()
+            before = random_states()
             with self.activated(), torch.no_grad():
                 self.losses(both)
-            if not all(map(torch.equal, before, _random_states())):
+            if not all(map(torch.equal, before, random_states())):
                 return "the model draws random numbers that are not those of one job"
         except Exception as error:  # a structure that has no rows
             return f"{type(error).__name__}: {error}"
@@ -295,12 +296,6 @@ class Joint:
         weights = scores.softmax(dim=-1)
         out = (weights * self._mask(weights, dropout, (2, 3))) @ value
         return out.transpose(1, 2).contiguous(), None
-
-
-def _random_states() -> list[Tensor]:
-    """Return the state of every generator that a model may draw from, GPUs included."""
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *on_gpu]
 
 
 class _Dropout(nn.Module):

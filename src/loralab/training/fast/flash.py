@@ -6,7 +6,7 @@ arXiv:2307.08691.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,11 +33,17 @@ def can_flash(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in HALF and flash_kernel() is not None
 
 
+@functools.cache
+def _known(kernel: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of a kernel's arguments: to read a signature takes as long as a small kernel does."""
+    return frozenset(inspect.signature(kernel).parameters)
+
+
 def flash_attend(q: Tensor, k: Tensor, v: Tensor, packing: "Packing", scale: float) -> Tensor:
     """Compute softmax(scale q k') v within each row, (N, H, D); q and k are rotated already."""
     kernel = flash_kernel()
     assert kernel is not None
-    known = inspect.signature(kernel).parameters
+    known, group = _known(kernel), q.shape[1] // k.shape[1]
     starts, longest = packing.starts_there, max(packing.lengths)
     options: dict[str, Any] = {}
     if packing.causal:
@@ -46,18 +52,9 @@ def flash_attend(q: Tensor, k: Tensor, v: Tensor, packing: "Packing", scale: flo
         options["scale"] = scale
     else:
         q = q * (scale * q.shape[-1] ** 0.5)  # the kernel's own is D ** -0.5
-    k, v, options = _grouped(q, k, v, known, options)
+    if "enable_gqa" in known:  # torch 2.12: query heads share keys
+        options["enable_gqa"] = group > 1
+    elif group > 1:
+        k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     out: Tensor = kernel(q, k, v, starts, starts, longest, longest, **options)
     return out
-
-
-def _grouped(
-    q: Tensor, k: Tensor, v: Tensor, known: Mapping[str, Any], options: dict[str, Any]
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Let query heads share keys, by the kernel where it knows how (torch 2.12), else by repeating them."""
-    group = q.shape[1] // k.shape[1]
-    if group == 1:
-        return k, v, options
-    if "enable_gqa" in known:
-        return k, v, options | {"enable_gqa": True}
-    return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), options

@@ -239,10 +239,10 @@ def _result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) ->
         warnings.simplefilter("ignore")  # reentrant checkpointing without gradients
         path.model.train()
         recomputes = any(getattr(module, "gradient_checkpointing", False) for module in path.model.modules())
-        before = _random_state(path.model)
+        before = random_states()
         with torch.set_grad_enabled(not recomputes):
             loss = path.loss(examples)
-        path.draws = not torch.equal(before, _random_state(path.model))
+        path.draws = not all(map(torch.equal, before, random_states()))
         if recomputes or path.draws:
             del loss  # with what it keeps for a backward pass
             path.model.eval()
@@ -250,10 +250,10 @@ def _result(path: ForwardPath, adapter: Adapter, examples: Sequence[Example]) ->
         return gradient_of(loss, adapter)
 
 
-def _random_state(model: nn.Module) -> Tensor:
-    """Return the state of the random numbers that passes through a model draw."""
-    device = next(model.parameters()).device
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+def random_states() -> list[Tensor]:
+    """Return the state of every generator that a model may draw from, GPUs included."""
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *on_gpu]
 
 
 def _lanes_that_agree(
