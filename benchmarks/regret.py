@@ -29,6 +29,7 @@ from loralab.studies.evidence import Metric
 from loralab.studies.ranking import parameters, ranked
 from loralab.studies.runner import records
 from loralab.studies.statistics import difference
+from loralab.studies.store import STUDY
 from loralab.studies.study import MISSING, Arm, Record, StudyOptions
 
 RANKS: dict[str, list[Any]] = {"rank": [2, 4, 8, 16, 32]}
@@ -88,7 +89,7 @@ def collect(folder: Path) -> None:
             "scores": run.items["score"],
         }
         for name in SWEEPS
-        if (folder / _file(name) / "study").is_dir()
+        if (folder / _file(name) / "study" / STUDY).is_file()
         for run in _runs(folder / _file(name) / "study")
     ]
     columns = {key: [row[key] for row in rows] for key in rows[0]}
