@@ -20,6 +20,7 @@ from loralab import atomic
 from loralab.errors import LearningError, LoralabError, OutputError
 from loralab.tasks.examples import Example
 from loralab.training import checkpoint, memory
+from loralab.training.fast.forward_path import random_states
 from loralab.training.jobs import of_job
 from loralab.training.joint import JobRows, Joint
 from loralab.training.loop import Steps, interruptible
@@ -51,18 +52,18 @@ class Random:
     def __init__(self, seed: int) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.state = _random_state()
+            self.state = random_states()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Draw random numbers from this job's state within the block."""
-        before = _random_state()
-        _set_random_state(self.state)
+        before = random_states()
+        _set_random_states(self.state)
         try:
             yield
         finally:
-            self.state = _random_state()
-            _set_random_state(before)
+            self.state = random_states()
+            _set_random_states(before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,12 +302,7 @@ def with_job_name(name: str, listener: Listener | None) -> Listener | None:
     return heard
 
 
-def _random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return torch.get_rng_state(), on_gpu
-
-
-def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
+def _set_random_states(states: Sequence[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])

@@ -15,7 +15,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one experiment adds to the answer; nothing where it was not run.
+    """The part of the answer that one experiment gives; empty where it was not run.
 
     Attributes:
         sentences: of the answer itself.
