@@ -153,6 +153,20 @@ def test_another_base_is_refused(first: Path, train_in: Train, tiny_llama_folder
     assert not (tmp_path / "on").exists()
 
 
+def test_new_tokens_and_their_rows_go_on_without_being_named(train_in: Train, tmp_path: Path) -> None:
+    data = tmp_path / "marked.jsonl"
+    rows = [{"prompt": f"{n} <tool> of", "completion": "<tool> good"} for n in range(40)]
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    small = {"max_steps": 1, "learning_rate": 1e-5, "warmup": 0.0}
+    one = train_in(tmp_path / "one", data=str(data), new_tokens=("<tool>",), learning_rate=0.01)
+    run = started(one.output_dir, train_in, tmp_path / "two", data=str(data), **small)
+    assert largest_change(one.output_dir, run.output_dir) <= 2e-5
+    assert read(run.output_dir).record["tokenizer"]["new_tokens"] == ["<tool>"]
+    with pytest.raises(ConfigError) as error:
+        started(one.output_dir, train_in, tmp_path / "three", data=str(data), new_tokens=("<other>",))
+    assert (error.value.code, error.value.field) == ("contradicts_adapter", "new_tokens")
+
+
 @pytest.fixture(scope="module")
 def classifier(tiny_bert_folder: Path, labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return classify(tiny_bert_folder, labelled, tmp_path_factory.mktemp("head") / "run", method=LoRA(rank=2)).output_dir

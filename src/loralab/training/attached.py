@@ -43,7 +43,9 @@ def attached(request: Request, base: Base, task: Task) -> tuple[Adapter, str | N
     added = add_tokens(base, training.new_tokens)
     if training.from_adapter is not None:
         stored = read(training.from_adapter)
-        return _going_on(request, base, stored, task, generator), stored.digest
+        adapter = _going_on(request, base, stored, task, generator)
+        _require_same_rows(adapter, added)
+        return adapter, stored.digest
     full: Any = with_head(method, base)
     if added:
         full = replace(full, token_rows=(*full.token_rows, *added))
@@ -115,6 +117,17 @@ def _require_same_base(adapter: Adapter, stored: AdapterFolder, quantize: str) -
         before = stored.record["base"].get("quantize") or "none"
         hint = f"; its training had --quantize {before}" if before != quantize else ""
         raise ConfigError(f"{problem}; give the base that it belongs to{hint}", code="other_base", field="from_adapter")
+
+
+def _require_same_rows(adapter: Adapter, added: Sequence[int]) -> None:
+    """Refuse a tokenizer that gives the adapter's new tokens other numbers than the rows that it trained."""
+    if other := sorted(set(added) - set(getattr(adapter.config, "token_rows", ()))):
+        raise ConfigError(
+            f"new_tokens have the numbers {join_limited(map(str, other))} here, which the adapter to go on from has "
+            "not trained; give the tokenizer that it belongs to",
+            code="other_tokenizer",
+            field="new_tokens",
+        )
 
 
 def _compared(base: Base, stored: AdapterFolder) -> list[str]:

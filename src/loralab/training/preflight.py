@@ -132,7 +132,8 @@ def _ready(
         require_shardable(base.model, world())
     if adapter.budget is not None:
         adapter.budget.plan(steps)
-    _require_rows_to_occur(adapter, encoded)
+    if training.from_adapter is None:  # rows that go on keep what they have learnt
+        _require_rows_to_occur(adapter, encoded)
     require_pictures(adapter, encoded)
     if training.shard_base and load is None:
         shard_base(base.model, [adapter], world())
