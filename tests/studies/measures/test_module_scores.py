@@ -1,15 +1,19 @@
 """Scores of modules are those of plain loops over tokens, singular values and autograd."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from studies.conftest import setup_of
 from tiny import IDS, gpt2, llama
 from torch import nn
 
 from loralab.adapters.bases import dense_weight
 from loralab.adapters.targets import linear_names
-from loralab.studies.measures.module_scores import by_type, condition, feature_norm, scores_of
+from loralab.studies.measures.module_scores import MEASURE_SCORES, by_type, condition, feature_norm, scores_of
+from loralab.studies.study import DONE, Arm, Trial
+from loralab.studies.trained import measured
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -68,3 +72,12 @@ def test_padding_does_not_count() -> None:
 
 def test_a_singular_matrix_has_no_condition() -> None:
     assert condition(torch.ones(3, 3)) > 1e6
+
+
+def test_a_study_scores_the_base_before_training(tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
+    setup = setup_of("targets", tiny_bert_folder, noise_file)
+    arm = Arm(name="scores", options={"measure": MEASURE_SCORES}, tuned=False)
+    record = measured(Trial(measure=MEASURE_SCORES, setup=setup, arm=arm, seed=0), tmp_path, lambda event: None)
+    assert record.status == DONE, record.reason
+    assert {row["type"] for row in record.tables["types"]} == {row["type"] for row in record.tables["modules"]}
+    assert all(row["nfn"] > 0 and row["gradient"] > 0 for row in record.tables["modules"])

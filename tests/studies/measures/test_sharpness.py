@@ -1,9 +1,11 @@
 """The largest eigenvalue is that of the Hessian written out, in float64."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from studies.conftest import setup_of
 from tiny import IDS, fill, llama
 from torch import Tensor
 from torch.func import functional_call
@@ -11,7 +13,9 @@ from torch.func import functional_call
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
-from loralab.studies.measures.sharpness import sharpness
+from loralab.studies.measures.sharpness import MEASURE_SHARPNESS, sharpness
+from loralab.studies.study import DONE, Arm, Trial
+from loralab.studies.trained import measured
 
 
 def adapted() -> Adapter:
@@ -66,3 +70,13 @@ def test_nothing_is_left_behind() -> None:
     adapter = adapted()
     sharpness(loss_of(adapter), adapter.parameters(), products=3)
     assert all(p.grad is None for p in adapter.model.parameters())
+
+
+def test_a_study_measures_it_after_training(tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
+    fields = {"method": "lora", "rank": 1, "max_steps": 2, "precision": "bf16"}
+    setup = setup_of("init", tiny_bert_folder, noise_file)
+    trial = Trial(measure=MEASURE_SHARPNESS, setup=setup, arm=Arm(name="r=1", fields=fields), seed=0)
+    record = measured(trial, tmp_path, lambda event: None)
+    assert record.status == DONE, record.reason
+    assert record.numbers["sharpness"] > 0
+    assert record.numbers["score"] >= 0

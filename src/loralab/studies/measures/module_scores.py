@@ -8,16 +8,33 @@ Beside it: the condition number of W, and the length of the loss's gradient in W
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loralab.adapters.bases import dense_weight
+from loralab.adapters.methods import LoRA
+from loralab.adapters.targets import target_names
+from loralab.studies.measures.carried import base_for
+from loralab.studies.measures.one_batch import first_rows, mean_loss
 from loralab.studies.measures.spectra import values_of
 from loralab.studies.places import type_of
+from loralab.studies.study import Record, Trial
+from loralab.studies.trained import Tell
 
+MEASURE_SCORES = "loralab.studies.measures.module_scores:measure"
 SCORES = ("nfn", "condition", "gradient")
+
+
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
+    """Score the base's linear layers, and their types, by the first training rows; nothing is trained."""
+    base, task = base_for(trial.setup, "fp32", seed=trial.seed)
+    batch = first_rows(trial.setup, base, task)
+    layers = {path: base.model.get_submodule(path) for path in target_names(base.model, LoRA())}
+    rows = scores_of(mean_loss(base, batch), layers, mask=batch.get("attention_mask"), seed=trial.seed)
+    return trial.record(tables={"modules": rows, "types": by_type(rows)})
 
 
 def scores_of(

@@ -7,11 +7,17 @@ iteration is made once more with the Hessian shifted above zero.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from loralab.studies.measures.one_batch import first_rows, mean_loss
+from loralab.studies.study import Record, Trial
+from loralab.studies.trained import Tell, scored, trained
+
+MEASURE_SHARPNESS = "loralab.studies.measures.sharpness:measure"
 Product = Callable[[Tensor], Tensor]
 
 
@@ -26,6 +32,17 @@ class Sharpness:
     residual: float
     products: int
     image: float
+
+
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
+    """Train and score; then measure the sharpness on the first training rows, in fp32."""
+    run = trained(trial, folder, tell)
+    record = scored(trial, run, folder)
+    run.base.model.float()
+    batch = first_rows(trial.setup, run.base, run.task)
+    found = sharpness(mean_loss(run.base, batch), run.adapter.parameters(), seed=trial.seed)
+    numbers = {"sharpness": found.value, "sharpness_residual": found.residual, "products": found.products}
+    return replace(record, numbers={**record.numbers, **numbers})
 
 
 def sharpness(
