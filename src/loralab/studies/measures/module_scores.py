@@ -1,7 +1,7 @@
 """Scores of modules before training, from one batch: which layers would an adapter help most?
 
 NFN: Hayou et al. 2025, arXiv:2506.20629 (PLoP): |W z| / |W g|, where g is normal noise of the length
-of the input z: 1 where weights and inputs are not aligned. PLoP adapts the types of lowest score.
+of the input z: 1 where weights and inputs are not aligned.
 Beside it: the condition number of W, and the length of the loss's gradient in W.
 """
 
