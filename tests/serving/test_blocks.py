@@ -57,6 +57,18 @@ def test_what_a_copy_is_made_of_is_not_evicted_for_it() -> None:
     assert blocks.begun(b"root", WORDS[1:9]) == (-1, 0)  # it made room
 
 
+def test_a_block_that_was_evicted_is_known_by_nothing_that_it_held_as_it_grew() -> None:
+    blocks = BlockManager(1)
+    own = blocks.allocate(1)
+    assert own is not None
+    for count in (5, 9, BLOCK_SIZE):
+        blocks.register(b"root", WORDS[:count], own[0])
+    assert blocks.begun(b"root", WORDS[:12]) == (own[0], 12)
+    blocks.free(own)
+    assert blocks.allocate(1) == own
+    assert blocks.begun(b"root", WORDS[:12]) == (-1, 0)
+
+
 def test_what_has_rested_longest_is_forgotten_first_and_an_end_before_its_start() -> None:
     blocks = BlockManager(4)
     first = blocks.allocate(2)
@@ -121,11 +133,11 @@ class Requests(RuleBasedStateMachine):
         self.live.append((root, tokens, own))
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), keeps=st.booleans())
-    def end(self, data: st.DataObject, keeps: bool) -> None:
+    @rule(data=st.data(), kept=st.lists(st.integers(1, 60), max_size=2))
+    def end(self, data: st.DataObject, kept: list[int]) -> None:
         root, tokens, own = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
-        if keeps:
-            register(self.blocks, root, tokens, own)
+        for count in sorted(kept):  # a block is known by more when there is more in it
+            register(self.blocks, root, tokens[:count], own)
         self.blocks.free(own)
 
     @invariant()
