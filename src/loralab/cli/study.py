@@ -139,7 +139,7 @@ def _show_board(outcome: "Outcome", rows: Sequence[Mapping[str, Any]], as_json: 
     if as_json:
         print_json({"folder": str(outcome.folder), "board": list(rows), "skipped": dict(outcome.skipped)})
     else:
-        print_columns(COLUMNS, [cells_of(row) for row in rows])
+        print_columns(COLUMNS, [{**(own := cells_of(row)), "source": own["source"].partition(",")[0]} for row in rows])
         print(f"board: {outcome.folder / PAGE}")
     _end(outcome, quiet=as_json)
 

@@ -29,7 +29,7 @@ direction = "{direction}"
 threshold = {threshold}
 margin = {margin}
 minutes = 5
-seeds = 4
+seeds = {seeds}
 fields = {{max_steps = 6, batch_size = 8, precision = "fp32", max_length = 64}}
 rows = {{train = 48, validation = 20, test = 60}}
 {more}
@@ -59,6 +59,7 @@ def claim_file(folder: Path, **changes: Any) -> Path:
         "threshold": 0.0,
         "margin": 5.0,
         "more": "",
+        "seeds": 4,
         "reading": ROWS,
         "arms": ARMS,
         **changes,

@@ -18,6 +18,13 @@ from loralab.studies.study import StudyOptions
 
 DOCS = Path(__file__).parents[3] / "docs" / "claims"
 KEYS = {"claim", "verdict", "there", "here", "low", "high", "power", "minutes"}
+EXACT = {  # nothing is trained
+    "reading": 'name = "number"\nnumber = "relative"\nof = ["one"]',
+    "arms": '[arms.one]\nmeasure = "gradients"\noptions = {of = "lora", tokens = 8, width = 8, outputs = 8, rank = 2}',
+    "direction": "within",
+    "margin": 1e-5,
+    "more": "exact = true",
+}
 SHARES = {"one": 0.6, "two": 0.9, "three": 0.7}
 
 
@@ -35,7 +42,7 @@ def test_a_row_says_all_and_a_refutation_stands_beside_its_checks(drawn: Drawn) 
     assert row["verdict"] == "refuted"
     assert row["robustness"] == {"seeds": "refuted", "margin": "refuted"}
     assert row["low"] < row["here"] < row["high"] < 0
-    assert row["power"] > 0.5
+    assert 0.1 < row["power"] < 0.9
     assert (row["runs"], row["seeds"], row["lost"]) == (8, 4, 0)
     assert row["minutes"] == pytest.approx(8 * 6 / 60)
     assert json.loads((drawn.folder / "board.json").read_bytes()) == [row]
@@ -107,13 +114,12 @@ def test_claims_are_run_resumed_locked_and_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     at_home(monkeypatch)
-    more = "robustness = ['margin']"
-    changes = {"model": tiny_bert_folder, "data": noise_file, "more": more, "number": 77}
+    changes = {**EXACT, "model": tiny_bert_folder, "data": noise_file, "number": 77}
     file, folder = claim_file(tmp_path / "mine", **changes), tmp_path / "out"
     command = ["study", "claims", str(file), "--output-dir", str(folder), "--json"]
     assert run(command) == 0
     (row,) = json.loads(capsys.readouterr().out)["board"]
-    assert (row["claim"], row["runs"], row["lost"]) == (77, 8, 0)
+    assert (row["claim"], row["runs"], row["lost"]) == (77, 1, 0)
     assert (folder / "runs").is_dir()
     before = {place.name for place in (folder / "runs").iterdir()}
     outcome = loralab.study("claims", asked=StudyOptions(values=(str(file),)), output_dir=folder, resume=True)
@@ -122,7 +128,7 @@ def test_claims_are_run_resumed_locked_and_shown(
     claim_file(tmp_path / "mine", **{**changes, "margin": 1.0})
     assert run([*command, "--resume"]) == 2
     assert run(["report", str(folder)]) == 0
-    assert "undecided" in capsys.readouterr().out
+    assert str(row["verdict"]) in capsys.readouterr().out
     assert store.plans(folder).keys() == {"claim-77"}
 
 

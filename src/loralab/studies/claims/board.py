@@ -16,7 +16,7 @@ from loralab.studies.claims.readings import estimate
 from loralab.studies.claims.verdict import Verdict, decide, power
 
 FILE, PAGE = "board.json", "README.md"
-COLUMNS = ("claim", "source", "there", "here", "interval", "verdict", "power", "minutes")
+COLUMNS = ("claim", "source", "there", "here", "verdict", "power", "minutes")
 Row = Mapping[str, Any]
 
 
@@ -46,8 +46,9 @@ def row_of(claim: Claim, found: Sequence[Observation]) -> dict[str, Any]:
         "data": claim.data,
         "runs": len(found),
         "seeds": len({run.seed for run in found}),
+        "note": claim.note,
         "lost": sum(run.status != "done" for run in found),
-        "at_edge": own.at_edge,
+        "at_edge": own.at_edge or any(run.edge for run in found),
         "robustness": robustness(claim, found),
         "digest": claim.digest,
     }
@@ -121,6 +122,7 @@ def page(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = cells_of(row)
         cells["claim"] = f"{row['claim']}. {row['title']}"
+        cells["here"] += f" {row['unit']}"
         cells["verdict"] = f"**{row['verdict']}**"
         lines.append("| " + " | ".join(cells[name].replace("|", "\\|") for name in COLUMNS) + " |")
     lines += ["", "## Rules, models and checks", ""]
@@ -133,12 +135,19 @@ def cells_of(row: Row) -> dict[str, str]:
         "claim": str(row["claim"]),
         "source": str(row["source"]),
         "there": str(row["there"]),
-        "here": "-" if row["here"] is None else f"{row['here']:.3g} {row['unit']}",
-        "interval": "-" if row["low"] is None else f"{row['low']:.3g} ... {row['high']:.3g}",
+        "here": _span(row),
         "verdict": str(row["verdict"]),
         "power": f"{row['power']:.0%}",
         "minutes": f"{row['minutes']:.1f}",
     }
+
+
+def _span(row: Row) -> str:
+    """Return the estimate with its interval, where it has one that is not exact."""
+    here, low, high = (row[name] for name in ("here", "low", "high"))
+    if here is None:
+        return "-"
+    return f"{here:.3g}" + ("" if low is None or low == high else f" ({low:.3g} ... {high:.3g})")
 
 
 def _detail(row: Row) -> str:
@@ -146,11 +155,11 @@ def _detail(row: Row) -> str:
     text = f"**{row['claim']}**: {row['rule']} ({row['unit']}); {row['model']} on {row['data']}, "
     text += f"{row['runs']} runs, seeds: {row['seeds']}"
     text += f", lost: {row['lost']}" if row["lost"] else ""
-    text += "; the best rate lies at the edge of its sweep" if row["at_edge"] else ""
+    text += "; a best rate lies at the edge of what was tried" if row["at_edge"] else ""
     if row["verdict"] != "undecided" and row["robustness"]:
         names = {"seeds": "without any one seed", "margin": "at a stricter margin"}
         text += "; " + ", ".join(f"{names[check]}: {verdict}" for check, verdict in row["robustness"].items())
-    return text
+    return f"{text}; {row['note']}" if row["note"] else text
 
 
 def _number(value: float) -> float | None:

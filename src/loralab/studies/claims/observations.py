@@ -15,7 +15,7 @@ from loralab.studies.claims.form import EQUAL_LOSS, LOG10, ROWS, Claim, Reading
 from loralab.studies.claims.plan import sweep_of
 from loralab.studies.evidence import mean_of
 from loralab.studies.readings.forgetting import lowest_shared, rows_at
-from loralab.studies.study import DONE, Record
+from loralab.studies.study import DONE, EDGE, Record
 
 FILE = "records.parquet"
 
@@ -25,7 +25,8 @@ class Observation:
     """One run of an arm: its status, and what the reading reads of it.
 
     `loss` is the validation loss, by which the best rate of a sweep is chosen. `values` is one number, or
-    one for each test row; none where the run has no such thing. All are fp32, as the file holds them.
+    one for each test row; none where the run has no such thing. All are fp32, as the file holds them. `edge` is
+    whether the search for its rate ended at the edge of what was tried.
     """
 
     claim: int
@@ -35,6 +36,7 @@ class Observation:
     rate: float | None
     seconds: float
     loss: float
+    edge: bool
     values: tuple[float, ...]
 
 
@@ -49,6 +51,7 @@ def observed(claim: Claim, records: Iterable[Record]) -> list[Observation]:
             rate=None if record.rate is None else _single(record.rate),
             seconds=_single(record.seconds + record.searched),
             loss=_single(_finite(mean_of([record], "validation_loss"))),
+            edge=record.texts.get("rate") == EDGE,
             values=tuple(_single(value) for value in _read(record, claim.reading)),
         )
         for record in records
@@ -121,6 +124,7 @@ def write(folder: Path, found: Sequence[Observation]) -> Path:
         "rate": single,
         "seconds": single,
         "loss": single,
+        "edge": pyarrow.bool_(),
         "values": pyarrow.list_(single),
     }
     rows = [asdict(one) for one in found]
