@@ -70,7 +70,7 @@ def test_a_bad_claim_is_refused(tmp_path: Path, changes: dict[str, str], code: s
 
 
 def test_a_number_that_is_not_there_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean 35") as refused:
+    with pytest.raises(ConfigError, match="did you mean 42") as refused:
         chosen(["350"])
     assert refused.value.code == "no_claim"
     assert [file.stem for file in chosen(["12", "5", "12"])] == ["12", "5"]
