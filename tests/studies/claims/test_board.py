@@ -147,3 +147,21 @@ def test_a_lost_run_is_counted(drawn: Drawn, tmp_path: Path) -> None:
     kept = observations.read(drawn.folder)
     row = board.row_of(claim, [replace(kept[0], status="failed", values=()), *kept[1:]])
     assert (row["verdict"], row["lost"]) == ("undecided", 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "direction", "verdict", "stricter"),
+    [
+        (0.86, "within", "holds", "undecided"),
+        (0.70, "within", "refuted", "undecided"),
+        (0.95, "above", "holds", "refuted"),
+        (0.92, "above", "refuted", "holds"),
+    ],
+)
+def test_the_check_by_margin_makes_the_same_verdict_harder(
+    one: float, direction: str, verdict: str, stricter: str, tmp_path: Path
+) -> None:
+    drawn, margin = Drawn(tmp_path / "out"), {"within": 12.0, "above": 6.0}[direction]
+    drawn.run(claim_file(tmp_path, direction=direction, margin=margin), right({"one": one, "two": 0.9}, 0.005))
+    (row,) = write_board(drawn.folder)
+    assert (row["verdict"], row["robustness"]["margin"]) == (verdict, stricter), row

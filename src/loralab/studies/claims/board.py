@@ -58,7 +58,7 @@ def robustness(claim: Claim, found: Sequence[Observation]) -> dict[str, str]:
     """Return the verdicts of the checks that were registered beside the claim's own.
 
     "seeds" is the one verdict of all samples that lack a seed, or undecided where they differ; "margin" that
-    of a margin against which the same verdict is harder to reach.
+    of twice or half the margin, whichever makes the same verdict harder to reach.
     """
     checks: dict[str, str] = {}
     seeds = sorted({run.seed for run in found})
@@ -66,7 +66,8 @@ def robustness(claim: Claim, found: Sequence[Observation]) -> dict[str, str]:
         each = {_verdict(claim, [run for run in found if run.seed != seed]) for seed in seeds}
         checks[BY_SEED] = each.pop() if len(each) == 1 else "undecided"
     if BY_MARGIN in claim.robustness:
-        factor = 2.0 if claim.direction == WITHIN else 0.5
+        refuted = _verdict(claim, found) == "refuted"
+        factor = 2.0 if (claim.direction == WITHIN) == refuted else 0.5
         checks[BY_MARGIN] = _verdict(replace(claim, margin=factor * claim.margin), found)
     return checks
 
@@ -170,9 +171,11 @@ def _number(value: float) -> float | None:
 INTRODUCTION = """\
 # Published claims about LoRA, held against small models
 
-{count} claims: {said}. What is measured and what would hold, refute or leave a claim undecided was registered
-in [`src/loralab/studies/claims`](../../src/loralab/studies/claims) before the runs; a file that changed after
-its run is refused. `loralab study claims` runs them, `loralab study claims 12` one of them, and
+{count} claims: {said}.
+
+What is measured and what would hold, refute or leave a claim undecided was registered in
+[`src/loralab/studies/claims`](../../src/loralab/studies/claims) before the runs; a file
+that changed after its run is refused. `loralab study claims` runs them, `loralab study claims 12` one of them, and
 `loralab report docs/claims` writes this page again from `board.json`; nothing is trained for it.
 
 "here" is an estimate with its 95 % interval, by the rule that stands below the table. Of a claim of a

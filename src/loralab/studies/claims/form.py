@@ -119,7 +119,7 @@ class Claim:
         rates: multiples of the usual rate that a search begins with; none is that of every study.
         minutes: what all its runs take at most.
         robustness: the checks that stand beside the verdict: "seeds" leaves each seed out, "margin"
-            doubles the margin, or halves it where the claim is one of a direction.
+            takes twice or half the margin, whichever makes the same verdict harder to reach.
         digest: of the file; what ran under another one is not gone on with.
     """
 
