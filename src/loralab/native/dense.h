@@ -4,6 +4,10 @@
  * lies; the tokens are the right one, packed once for all products with them. Elsewhere the
  * processor's dot products. Either way what a token gets does not depend on the other tokens, nor on
  * how the outputs are shared by threads. `in` is a multiple of 32.
+ *
+ * y is written in blocks of 16 outputs, `step` numbers from one to the next, and in these the tokens
+ * are `ldy` apart. Blocks of all tokens (ldy 16) keep what is written together: rows as long as a
+ * layer is wide lie in the same few places of a cache, and each line would be waited for.
  */
 #ifndef LORALAB_DENSE_H
 #define LORALAB_DENSE_H
@@ -58,7 +62,7 @@ static inline __attribute__((always_inline)) void meet(
     _mm512_storeu_ps(out, sums(sum));
 }
 
-/* The same into y, whose rows are ldy apart. */
+/* The same into y, whose tokens are ldy apart. */
 static inline __attribute__((always_inline)) void meet_into(
     int mr, int no, const bf16 *x, const bf16 *w, long in, float *y, long ldy) {
     float out[16];
@@ -75,24 +79,26 @@ static inline float meet_one(const bf16 *x, const bf16 *w, long in) {
 }
 
 /* By dot products: as many rows of w as are left of a multiple of 16 go one by one. */
-static void dense_dots(const tokens *x, const bf16 *w, long from, long to, float *y, long ldy) {
+static void dense_dots(const tokens *x, const bf16 *w, long from, long to, float *y, long ldy,
+                       long step) {
     long in = x->in;
     for (long base = 0; base < x->n; base += ROWS) {
         long last = x->n - base < ROWS ? x->n : base + ROWS, o = from;
         for (; o + 16 <= to; o += 16) {
             const bf16 *own = w + o * in;
+            float *out = y + o / 16 * step;
             long i = base;
             for (; i + 4 <= last; i += 4)
                 for (int j = 0; j < 16; j += 4)
-                    meet_into(4, 4, x->rows + i * in, own + j * in, in, y + i * ldy + o + j, ldy);
+                    meet_into(4, 4, x->rows + i * in, own + j * in, in, out + i * ldy + j, ldy);
             for (; i + 2 <= last; i += 2)
                 for (int j = 0; j < 16; j += 8)
-                    meet_into(2, 8, x->rows + i * in, own + j * in, in, y + i * ldy + o + j, ldy);
-            for (; i < last; i++) meet_into(1, 16, x->rows + i * in, own, in, y + i * ldy + o, ldy);
+                    meet_into(2, 8, x->rows + i * in, own + j * in, in, out + i * ldy + j, ldy);
+            for (; i < last; i++) meet_into(1, 16, x->rows + i * in, own, in, out + i * ldy, ldy);
         }
         for (; o < to; o++)
             for (long i = base; i < last; i++)
-                y[i * ldy + o] = meet_one(x->rows + i * in, w + o * in, in);
+                y[o / 16 * step + i * ldy + o % 16] = meet_one(x->rows + i * in, w + o * in, in);
     }
 }
 
@@ -147,7 +153,7 @@ static inline __attribute__((always_inline)) void meet_tiles(
     if (mr > 1 && nc > 1) tile_store(3, out + 16 * 32 + 16, 128);
 }
 
-/* 16 outputs of some of 16 tokens, turned into their rows of y. */
+/* 16 outputs of some of 16 tokens, turned into their places in y. */
 static inline void turn_out(const float *out, long some, float *y, long ldy) {
     __m512i r[16];
 #pragma GCC unroll 16
@@ -160,7 +166,7 @@ static inline void turn_out(const float *out, long some, float *y, long ldy) {
 
 /* By matrix registers; `to` is `from` and a multiple of 16. */
 static void dense_tiles(const tokens *x, const bf16 *w, long from, long to, const bf16 *next,
-                        float *y, long ldy) {
+                        float *y, long ldy, long step) {
     float out[32 * 32] __attribute__((aligned(64)));
     long in = x->in, block = 16 * (in / 2);
     for (long o = from; o < to; o += 32) {
@@ -182,7 +188,7 @@ static void dense_tiles(const tokens *x, const bf16 *w, long from, long to, cons
             for (int a = 0; a < mr; a++)
                 for (int b = 0; b < nc; b++)
                     turn_out(out + a * 16 * 32 + b * 16, x->n - i - 16 * b,
-                             y + (i + 16 * b) * ldy + o + 16 * a, ldy);
+                             y + (o / 16 + a) * step + (i + 16 * b) * ldy, ldy);
         }
     }
 }
@@ -191,16 +197,16 @@ static void dense_tiles(const tokens *x, const bf16 *w, long from, long to, cons
 
 /* y (n, out) = x w' for rows `from` to `to` of w; `next` is where this thread reads on after that. */
 static void dense(const tokens *x, const bf16 *w, long from, long to, const bf16 *next, float *y,
-                  long ldy) {
+                  long ldy, long step) {
     (void)next;
 #ifdef TILES
     if (x->pairs) {
         long whole = from + (to - from) / 16 * 16;
-        dense_tiles(x, w, from, whole, next, y, ldy);
+        dense_tiles(x, w, from, whole, next, y, ldy, step);
         from = whole;
     }
 #endif
-    dense_dots(x, w, from, to, y, ldy);
+    dense_dots(x, w, from, to, y, ldy, step);
 }
 
 #endif

@@ -123,57 +123,69 @@ static void lower(const step *s, long layer, int first, int last, const bf16 *x)
 
 /* y += low B for 16 nb columns of mr tokens. */
 static inline __attribute__((always_inline)) void lift_block(
-    int mr, int nb, const update *u, const uint32_t *low, long ldl, const uint32_t *b, long width,
-    float *y, long ldy) {
-    block(mr, nb, u->r / 2, low, ldl, 1, b, width, 16, y, ldy, 1);
+    int mr, int nb, const update *u, const bf16 *low, long ldl, const uint32_t *b, long width,
+    float *y, long step) {
+    __m512 sum[16];
+    for (int i = 0; i < mr; i++)
+        for (int j = 0; j < nb; j++) sum[i * nb + j] = _mm512_loadu_ps(y + j * step + 16 * i);
+    accumulate(mr, nb, u->r / 2, (const uint32_t *)low, ldl / 2, 1, b, width, 16, sum);
+    for (int i = 0; i < mr; i++)
+        for (int j = 0; j < nb; j++) _mm512_storeu_ps(y + j * step + 16 * i, sum[i * nb + j]);
 }
 
 /* The same for some columns of a few tokens; in B each 64 columns lie together. */
 static void lift(const bf16 *low, long ldl, long n, const update *u, long out, long from, long to,
-                 float *y, long ldy) {
+                 float *y, long step) {
     for (long c = from, nb; c < to; c += 16 * nb) {
         long base = c / 64 * 64, width = out - base < 64 ? out - base : 64;
         const uint32_t *b = u->b + base * (u->r / 2) + c - base;
         nb = c == base && width == 64 && to - c >= 64 ? 4 : 1;
         for (long i = 0, mr; i < n; i += mr) {
-            const uint32_t *own = (const uint32_t *)(low + i * ldl);
-            float *to_y = y + i * ldy + c;
+            const bf16 *own = low + i * ldl;
+            float *at = y + c / 16 * step + i * 16;
             mr = n - i >= 4 ? 4 : 1;
             if (mr == 4 && nb == 4)
-                lift_block(4, 4, u, own, ldl / 2, b, width, to_y, ldy);
+                lift_block(4, 4, u, own, ldl, b, width, at, step);
             else if (mr == 4)
-                lift_block(4, 1, u, own, ldl / 2, b, width, to_y, ldy);
+                lift_block(4, 1, u, own, ldl, b, width, at, step);
             else if (nb == 4)
-                lift_block(1, 4, u, own, ldl / 2, b, width, to_y, ldy);
+                lift_block(1, 4, u, own, ldl, b, width, at, step);
             else
-                lift_block(1, 1, u, own, ldl / 2, b, width, to_y, ldy);
+                lift_block(1, 1, u, own, ldl, b, width, at, step);
         }
     }
 }
 
 /* A thread's columns of y = x W', and what the adapters and the bias make of them. */
-static void project(const step *s, long layer, int which, const tokens *x, float *y, long ldy) {
+static void project(const step *s, long layer, int which, const tokens *x, float *y) {
     const bf16 *const *w = s->m->weights + layer * WEIGHTS;
     const bf16 *bias = which <= UV ? w[BQ + which] : NULL;
     long from, to, n = s->b->n, out = s->out[which];
     share(s, out, &from, &to);
-    dense(x, w[weight_of[which]], from, to, start_of(s, layer, which + 1), y, ldy);
+    dense(x, w[weight_of[which]], from, to, start_of(s, layer, which + 1), y, 16, n * 16);
     for (const piece *p = s->pieces; p < s->pieces + s->count; p++) {
         const update *u = p->u + layer * UPDATES + which;
         if (u->r)
             lift(s->low + (slot_of[which] * n + p->start) * s->ranks, s->ranks, p->stop - p->start,
-                 u, out, from, to, y + p->start * ldy, ldy);
+                 u, out, from, to, y + p->start * 16, n * 16);
     }
     for (long i = 0; i < n; i++) {
         const update *u = s->own[i] ? s->own[i] + layer * UPDATES + which : NULL;
-        float *row = y + i * ldy;
-        if (u && u->ratio)
-            for (long c = from; c < to; c++) row[c] *= u->ratio[c];
-        if (bias)
-            for (long c = from; c < to; c++) row[c] += up(bias[c]);
-        if (u && u->after)
-            for (long c = from; c < to; c++) row[c] = rounded(row[c]) * u->after[c];
+        if (!(bias || (u && (u->ratio || u->after)))) continue;
+        for (long c = from; c < to; c += 16) {
+            float *own = y + c * n + i * 16;
+            for (int k = 0; u && u->ratio && k < 16; k++) own[k] *= u->ratio[c + k];
+            for (int k = 0; bias && k < 16; k++) own[k] += up(bias[c + k]);
+            for (int k = 0; u && u->after && k < 16; k++)
+                own[k] = rounded(own[k]) * u->after[c + k];
+        }
     }
+}
+
+/* `count` outputs of a token, from those in blocks of n tokens. */
+static inline void gather(const float *y, long n, long count, float *row) {
+    for (long c = 0; c < count; c += 16)
+        _mm512_storeu_ps(row + c, _mm512_loadu_ps(y + c * n));
 }
 
 static void *space(long bytes) { return aligned_alloc(64, full(bytes + 64, 64)); }
@@ -229,7 +241,7 @@ static void packed(const tokens *x) {
 
 /* A thread's part of all layers, and of the head. */
 static void run(step *s, tokens *normed, tokens *seen, tokens *inner, tokens *asked, bf16 *q,
-                float *y, float *scores, long room) {
+                float *y, float *row, float *scores, long room) {
     const model *m = s->m;
     const batch *b = s->b;
     long n = b->n, h = m->h, f = m->f, d = m->d, size = m->heads / m->groups, from, to;
@@ -245,13 +257,16 @@ static void run(step *s, tokens *normed, tokens *seen, tokens *inner, tokens *as
         const bf16 *values = m->values + layer * m->blocks * PLACES * wide_k;
         packed(normed);
         lower(s, layer, UQ, UV, x);
-        project(s, layer, UQ, normed, y, all);
-        project(s, layer, UK, normed, y + wide_q, all);
-        project(s, layer, UV, normed, y + wide_q + wide_k, all);
+        project(s, layer, UQ, normed, y);
+        project(s, layer, UK, normed, y + wide_q * n);
+        project(s, layer, UV, normed, y + (wide_q + wide_k) * n);
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (long i = 0; i < n; i++) place_token(s, layer, i, y + i * all, q);
-#pragma omp for schedule(dynamic)
+        for (long i = 0; i < n; i++) {
+            gather(y + i * 16, n, all, row);
+            place_token(s, layer, i, row, q);
+        }
+#pragma omp for schedule(dynamic, n < 4 * s->threads ? 1 : m->groups)
         for (long i = 0; i < n * m->groups; i++) {
             long token = i / m->groups, group = i % m->groups;
             attend(q + token * wide_q + group * size * d, keys + group * d, values + group * d, wide_k,
@@ -260,37 +275,44 @@ static void run(step *s, tokens *normed, tokens *seen, tokens *inner, tokens *as
         }
         packed(seen);
         lower(s, layer, UO, UO, looked);
-        project(s, layer, UO, seen, y, h);
+        project(s, layer, UO, seen, y);
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (long i = 0; i < n; i++)
-            settle(b->x + i * h, y + i * h, h, w[NORM2], eps, x + i * h);
+        for (long i = 0; i < n; i++) {
+            gather(y + i * 16, n, h, row);
+            settle(b->x + i * h, row, h, w[NORM2], eps, x + i * h);
+        }
         packed(normed);
         lower(s, layer, UGATE, UUP, x);
-        project(s, layer, UGATE, normed, y, 2 * f);
-        project(s, layer, UUP, normed, y + f, 2 * f);
+        project(s, layer, UGATE, normed, y);
+        project(s, layer, UUP, normed, y + f * n);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (long i = 0; i < n * 4; i++) {
             const update *u = s->own[i / 4] ? s->own[i / 4] + layer * UPDATES + UDOWN : NULL;
             long start = f / 32 * (i % 4) / 4 * 32, stop = f / 32 * (i % 4 + 1) / 4 * 32;
-            const float *row = y + i / 4 * 2 * f + start;
+            const float *own = y + start * n + i / 4 * 16;
+            gather(own, n, stop - start, row);
+            gather(own + f * n, n, stop - start, row + f);
             gate_token(row, row + f, u && u->before ? u->before + start : NULL, stop - start,
                        gated + i / 4 * f + start);
         }
         packed(inner);
         lower(s, layer, UDOWN, UDOWN, gated);
-        project(s, layer, UDOWN, inner, y, h);
+        project(s, layer, UDOWN, inner, y);
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (long i = 0; i < n; i++) settle(b->x + i * h, y + i * h, h, next, eps, x + i * h);
+        for (long i = 0; i < n; i++) {
+            gather(y + i * 16, n, h, row);
+            settle(b->x + i * h, row, h, next, eps, x + i * h);
+        }
     }
     /* the asked rows side by side, so that the head is read once */
 #pragma omp for schedule(static)
     for (long i = 0; i < b->m; i++) memcpy(b->x + i * h, x + b->asked[i] * h, 2 * h);
     packed(asked);
     share(s, m->vocabulary, &from, &to);
-    dense(asked, m->head, from, to, NULL, b->logits, m->vocabulary);
+    dense(asked, m->head, from, to, NULL, b->logits, m->vocabulary, 16);
 }
 
 /* All of a step: the tokens through every layer, keys and values kept, logits of those asked. */
@@ -314,6 +336,7 @@ void llama_step(const model *m, const batch *b, int threads) {
     {
         step s = common;
         float *scores = malloc(4 * (m->heads / m->groups) * (room + PLACES));
+        float *row = malloc(4 * widest);
         s.thread = 0, s.threads = 1;
 #ifdef _OPENMP
         extern int omp_get_thread_num(void), omp_get_num_threads(void);
@@ -323,11 +346,11 @@ void llama_step(const model *m, const batch *b, int threads) {
         tile_shapes before;
         if (pairs) open_tiles(&before);
 #endif
-        run(&s, &normed, &seen, &inner, &asked, q, y, scores, room);
+        run(&s, &normed, &seen, &inner, &asked, q, y, row, scores, room);
 #ifdef TILES
         if (pairs) close_tiles(&before);
 #endif
-        free(scores);
+        free(scores), free(row);
     }
     free((void *)normed.rows), free((void *)seen.rows), free((void *)inner.rows);
     free(pairs), free(q), free(y), free(common.low), free(pieces), free(own);

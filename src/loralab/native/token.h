@@ -61,15 +61,18 @@ static void attend(const bf16 *q, const bf16 *keys, const bf16 *values, long str
         float most = -INFINITY;
         for (long first = 0; first < places; first += PLACES) {
             const bf16 *k = keys + (long)table[first / PLACES] * PLACES * stride;
+            const bf16 *v = values + (k - keys);
             __m512 sum[PLACES];
             long here = places - first < PLACES ? places - first : PLACES;
             for (long t = 0; t < PLACES; t++) {
                 sum[t] = _mm512_setzero_ps();
                 if (t >= here) continue;
-                for (long c = 0; c < d; c += 32)
+                for (long c = 0; c < d; c += 32) {
+                    if (!g) _mm_prefetch((const char *)(v + t * stride + c), _MM_HINT_T0);
                     sum[t] = _mm512_dpbf16_ps(
                         sum[t], (__m512bh)_mm512_loadu_si512(q + g * d + c),
                         (__m512bh)_mm512_loadu_si512(k + t * stride + c));
+                }
             }
             __m512 all = _mm512_mul_ps(sums(sum), _mm512_set1_ps(scale));
             __mmask16 seen = (__mmask16)((1u << here) - 1);
