@@ -166,6 +166,17 @@ def test_adapters_leave_the_model_when_the_store_lets_go_of_them(opened: Open) -
     assert all(users == 0 for users in engine._users.values())
 
 
+def test_the_time_of_every_load_is_told(opened: Open) -> None:
+    """Not of an adapter that is in memory, nor of the base."""
+    engine, told = opened(resident=1), []
+    engine.observe = told.append
+    for name in ("lora", "lora", None, "dora", "lora"):
+        engine.generate([[5, 6]], adapters=[name], sampling=GREEDY)
+    seconds = [event["seconds"] for event in told if event["kind"] == "loaded"]
+    assert len(seconds) == engine.store.loads == 3
+    assert min(seconds) > 0
+
+
 def test_stops_texts_and_seeds(world: World, opened: Open) -> None:
     engine, prompt = opened(), [7, 8, 9]
     whole = engine.generate([prompt], adapters=["lora"], sampling=GREEDY)[0]

@@ -9,6 +9,7 @@ the other two, and a folder without a configuration is not an adapter, so one th
 between them is noticed, new or overwritten. Never a pickle.
 """
 
+import ctypes
 import hashlib
 import json
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from loralab.errors import AdapterFileError, OutputError, format_value, join_lim
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 RECORD = "loralab.json"
+# small tensors are digested together: each call costs as much as thousands of bytes
+JOINED_BYTES, JOINED_PARTS = 1 << 16, 64
 MAX_HEADER_BYTES = 1 << 24  # bytes of names and shapes; each tensor takes a hundred times its entry
 STORED_DTYPES = {
     "torch.float64",
@@ -163,11 +166,18 @@ def update_record(path: str | Path, **fields: Any) -> None:
 
 def content_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Return sha256 over configuration and tensors, independent of the order in the files."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest, parts = hashlib.sha256(), [json.dumps(config, sort_keys=True).encode()]
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.nbytes < JOINED_BYTES:
+            parts.append(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+        if tensor.nbytes >= JOINED_BYTES or len(parts) > JOINED_PARTS:
+            digest.update(b"".join(parts))
+            parts = []
+        if tensor.nbytes >= JOINED_BYTES:
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(b"".join(parts))
     return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 Files hold the paths that a model has without them, so that they fit it with other shells, or none.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,18 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+_fixed: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models without shells that stay so
+
+
+def promise_fixed(model: nn.Module) -> None:
+    """Promise that a model's structure stays as it is: paths in it need not be looked at every time."""
+    if not _has_shells(model):
+        _fixed.add(model)
+
+
 def plain_paths(model: nn.Module) -> Callable[[str], str]:
     """Return a function that turns a path in a model into the path without shells."""
-    if not _has_shells(model):
+    if model in _fixed or not _has_shells(model):
         return str
     shells = {
         f"{path}.{inner}".lstrip(".")

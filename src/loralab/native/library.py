@@ -74,7 +74,7 @@ class Kernels:
     """The compiled functions; tensors are passed as their addresses, so they must be dense.
 
     `dots` is whether those of attention.c, lowrank.c and serve.c are among them, which need AVX-512
-    with bfloat16; `tiles` whether attention may use matrix registers (AMX).
+    with bfloat16; `tiles` whether attention and a serving step may use matrix registers (AMX).
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:

@@ -179,11 +179,13 @@ class Engine(ABC, Generic[Live]):
         moved = False
         for live in list(self._arrived):
             try:
-                held = None
+                held, started, loads = None, time.perf_counter(), self.store.loads
                 if not live.gone and live.digest is not None:
                     held = self.store.acquire(live.digest, live.parts)
                 if held is not None:
                     self._runner.prepare(live.digest, held.value)
+                    if self.store.loads > loads and self.observe is not None:
+                        self.observe({"kind": "loaded", "seconds": time.perf_counter() - started})
             except Exception as error:  # damaged, foreign, or gone since
                 held, live.error = None, message_of(error)
             if held is None and not live.gone and not live.error:

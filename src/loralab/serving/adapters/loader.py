@@ -28,6 +28,7 @@ from loralab.adapters.peft_fields import TASK_TYPES
 from loralab.adapters.positions import learnt_positions
 from loralab.adapters.present import present_in
 from loralab.adapters.registry import spec_of
+from loralab.adapters.shells import promise_fixed
 from loralab.adapters.subset import TrainedInFull
 from loralab.adapters.targets import head_names
 from loralab.adapters.wrapper import Wrapper
@@ -74,6 +75,7 @@ class AdapterLoader:
     def __init__(self, base: Base, *, quantize: str = "none") -> None:
         base.model.requires_grad_(False)
         self._model = shared_copy(base.model)
+        promise_fixed(self._model)
         self._base = base
         self._dtype = dtype_name(self._model)
         self._quantize = quantize

@@ -43,15 +43,20 @@ class Metrics:
                 ("queue_seconds", "queue", "from the request to its first step"),
             )
         }
+        self._load = Histogram(
+            "loralab_load_seconds", "from the disk until an adapter can be used", buckets=STEP_SECONDS, **own
+        )
         self._counted: OrderedDict[tuple[str, str], set[str]] = OrderedDict()  # and how they ended
         self._step = Histogram("loralab_step_seconds", "one pass of the model", buckets=STEP_SECONDS, **own)
         self._step_tokens = Histogram("loralab_step_tokens", "tokens in one pass of the model", buckets=TOKENS, **own)
 
     def observe(self, event: Mapping[str, Any]) -> None:
-        """Count an event of the engine; called in its thread, so it only adds."""
+        """Count an event of the engine; called in its threads, so it only adds."""
         if event["kind"] == "step":
             self._step.observe(event["seconds"])
             self._step_tokens.observe(event["tokens"])
+        elif event["kind"] == "loaded":
+            self._load.observe(event["seconds"])
         elif event["kind"] == "finished":
             self._finished(event)
 

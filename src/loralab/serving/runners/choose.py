@@ -26,7 +26,8 @@ MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.03
 AGREEING_SHARE = 0.75  # of the tokens must agree where few bits are kept
 PROBE_LENGTHS = (21, 1, 6, 34)  # tokens of the rows that are compared
 PROBE_CHUNK = 13  # tokens of them that go through at once
-PROMPT_CHUNKS = (32, 128)  # tokens of a prompt at which the two quick ways are timed
+PROMPT_CHUNKS = (32, 128, 512)  # tokens of a prompt at which the two quick ways are timed
+DEEP_CHUNK = (1920, 2048)  # tokens of a long one at which they are timed, too: most of that is attention
 
 
 class ModelRunner:
@@ -37,6 +38,7 @@ class ModelRunner:
         refused: those that are not, and why.
         packed_from: the tokens of a chunk from which on the packed way is quicker than the compiled one: torch's
             products of many rows use the processor's matrix units. Infinite where it never is.
+        packed_beyond: the place in a prompt from which on that is so of chunks as long as DEEP_CHUNK.
         copy: copies the first places of a block, so that a request begins with what another one left; None where
             it cannot.
     """
@@ -49,7 +51,7 @@ class ModelRunner:
         self._fallback: PackedRunner | SequentialRunner = SequentialRunner(model, bank)
         self._compiled: dict[Hashable, Any] = {}
         self._in_both: set[Hashable] = set()  # compiled ones that a long prompt took to the packed way
-        self.packed_from = math.inf
+        self.packed_from = self.packed_beyond = math.inf
         self._prefix_keys: set[Hashable] = set()
         packed = PackedRunner(model, pool, bank)
         if problem := _difference(model, packed.logits, pool):
@@ -124,9 +126,10 @@ class ModelRunner:
 
     def _is_compiled(self, chunk: Chunk) -> bool:
         """Tell whether a chunk goes through the compiled step."""
-        key = chunk.sequence.key
+        key, size = chunk.sequence.key, chunk.stop - chunk.start
         able = key is None or key in self._prefix_keys or key in self._compiled
-        return self._native is not None and able and chunk.stop - chunk.start < self.packed_from
+        deep = size >= DEEP_CHUNK[1] - DEEP_CHUNK[0] and chunk.stop >= self.packed_beyond
+        return self._native is not None and able and size < self.packed_from and not deep
 
     def _compile(self, model: Any, pool: KVCache, packed: PackedRunner) -> str:
         if reason := unsupported_reason(model):
@@ -135,23 +138,20 @@ class ModelRunner:
         problem = _difference(model, native.logits, pool)
         if not problem:
             self._native = native
-            self.packed_from = _quicker_from(native, packed, pool)
+            slower = (count for count in PROMPT_CHUNKS if _is_slower(native, packed, pool, 0, count))
+            self.packed_from = next(slower, math.inf)
+            if self.packed_from > DEEP_CHUNK[1] - DEEP_CHUNK[0] and _is_slower(native, packed, pool, *DEEP_CHUNK):
+                self.packed_beyond = DEEP_CHUNK[1]
         return problem
 
 
-def _quicker_from(native: NativeRunner, packed: PackedRunner, pool: KVCache) -> float:
-    """Return the tokens of a prompt from which on it goes through the packed way quicker; infinity for never."""
-    blocks = BlockManager(pool.keys.shape[1])
-    for count in PROMPT_CHUNKS:
-        allocated = blocks.allocate(blocks_needed(count))
-        if allocated is None:  # a cache as small as this meets no such prompt
-            break
-        sequence = TokenSequence(number=0, key=None, tokens=[0] * count, blocks=allocated)
-        batch = batch_of([Chunk(sequence, 0, count)])
-        if _seconds(packed, batch) < _seconds(native, batch):
-            return count
-        blocks.free(allocated)
-    return math.inf
+def _is_slower(native: NativeRunner, packed: PackedRunner, pool: KVCache, start: int, stop: int) -> bool:
+    """Return whether some tokens of a prompt go through the packed way quicker; False if the cache is too small."""
+    blocks = BlockManager(pool.keys.shape[1]).allocate(blocks_needed(stop))
+    if blocks is None:  # it meets no such prompt
+        return False
+    chunk = Chunk(TokenSequence(number=0, key=None, tokens=[0] * stop, blocks=blocks), start, stop)
+    return _seconds(packed, batch_of([chunk])) < _seconds(native, batch_of([chunk]))
 
 
 def _seconds(runner: NativeRunner | PackedRunner, batch: ForwardBatch) -> float:

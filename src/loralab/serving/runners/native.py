@@ -27,6 +27,7 @@ PROJECTIONS = (
     "mlp.down_proj",
 )
 LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+RANKS, COLUMNS = 4, 64  # serve.c multiplies as many at once
 _COUNTS = ("layers", "h", "f", "heads", "groups", "d", "vocabulary")
 _BATCH = ("x", "cos", "sin", "place", "request", "tables", "span", "adapters", "asked", "logits")
 
@@ -203,7 +204,7 @@ def _updates_of(modules: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Ten
             alike.setdefault((*A.shape, *B.shape), []).append((path, A, B, scaling))
     for own in alike.values():
         paths, As, Bs, scalings = zip(*own, strict=True)
-        a = torch.stack(As).bfloat16()
+        a = _padded(torch.stack(As))
         b = _pairs(torch.stack(Bs) * torch.tensor(scalings, device=a.device)[:, None, None])
         for number, path in enumerate(paths):
             found = {"a": a[number], "b": b[number]}
@@ -212,12 +213,21 @@ def _updates_of(modules: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Ten
             yield path, found
 
 
+def _padded(x: Tensor) -> Tensor:
+    """Return x (N, R, W) in bfloat16, with zeros up to a multiple of four in R."""
+    number, rank, width = x.shape
+    out = x.new_zeros(number, rank + -rank % RANKS, width, dtype=torch.bfloat16)
+    out[:, :rank] = x
+    return out
+
+
 def _pairs(B: Tensor) -> Tensor:
-    """Rearrange B (N, O, R), scaling included, to (N, R / 2, O, 2): neighbours in R are multiplied at once."""
-    number, rows, rank = B.shape
-    even = B.new_zeros(number, rank + rank % 2, rows)
-    even[:, :rank] = B.transpose(1, 2)
-    return even.view(number, -1, 2, rows).transpose(2, 3).bfloat16().contiguous()
+    """Rearrange B (N, O, R), scaling included: neighbours in R are multiplied at once, 64 columns lie together."""
+    even = _padded(B.transpose(1, 2))
+    whole = even.shape[2] // COLUMNS * COLUMNS
+    parts = [part for part in even.split([whole, even.shape[2] - whole], dim=2) if part.shape[2]]
+    found = [p.unflatten(2, (-1, min(COLUMNS, p.shape[2]))).unflatten(1, (-1, 2)) for p in parts]
+    return torch.cat([p.permute(0, 3, 1, 4, 2).flatten(1) for p in found], dim=1)
 
 
 def _addresses(layer: Any) -> list[int]:
