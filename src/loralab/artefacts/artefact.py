@@ -71,7 +71,7 @@ class Artefact:
     @property
     def short_name(self) -> str:
         """Return the short name of its base; empty if it has none."""
-        name = self.part("base").get("name")
+        name = str(self.part("base").get("name") or "")
         return name if name in MODELS else ""
 
     @property

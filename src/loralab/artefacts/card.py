@@ -107,7 +107,7 @@ def metadata_of(artefact: Artefact, license: str | None = None) -> ModelCardData
     """Return the front matter; what is not known is not in it."""
     results = _results(artefact)
     tags = ["loralab", *filter(None, [artefact.method]), *(["gguf"] if artefact.form == GGUF else [])]
-    relation = {"base_model_relation": RELATIONS[artefact.form]} if artefact.base_id else {}
+    relation: dict[str, Any] = {"base_model_relation": RELATIONS[artefact.form]} if artefact.base_id else {}
     return ModelCardData(
         base_model=artefact.base_id,
         library_name=_library(artefact),

@@ -77,9 +77,9 @@ def serve(
         with ExitStack() as opening:
             opening.enter_context(working(f"opening {asked['model']} and the adapters of {store}", quiet=json_))
 
-            def say(*ready: Any) -> None:
+            def say(found: "ServerInfo", where: str, with_keys: bool) -> None:
                 opening.close()
-                _say_ready(*ready, as_json=json_)
+                _say_ready(found, where, with_keys, json_)
 
             serve_by(asked, host, port, known, rules, say)
 
