@@ -13,7 +13,7 @@ import pytest
 
 import loralab
 from loralab.artefacts.engines import Incompatibility, Verdict
-from loralab.cli import _as_interrupt, _ended, _thread_ended, artefacts, run, study, train  # noqa: F401  (they add commands)
+from loralab.cli import _as_interrupt, _ended, _thread_ended, artefacts, card, run, serve, study, train  # noqa: F401  (they add commands)
 from loralab.cli.options import pairs
 from loralab.errors import ConfigError
 from loralab.studies.fields import from_toml
