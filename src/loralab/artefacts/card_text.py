@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from loralab.adapters.registry import specs
 from loralab.artefacts.artefact import ADAPTER, GGUF, Artefact
 from loralab.artefacts.loading_snippets import PLAIN_MODEL, place_of, snippets_for
 from loralab.errors import join_limited, one_line
@@ -43,7 +44,7 @@ def escaped(value: Any) -> str:
 
 def _summary(artefact: Artefact) -> str:
     """Return in one paragraph what this is."""
-    what = {ADAPTER: f"A {escaped(artefact.method)} adapter for", GGUF: "An adapter for llama.cpp, of"}
+    what = {ADAPTER: f"An adapter ({escaped(_method(artefact))}) for", GGUF: "An adapter for llama.cpp, of"}
     start = what.get(artefact.form, "A full model: an adapter merged into")
     base = escaped(artefact.base_name) or "a base model without a recorded name"
     text = f"{start} {base} ({escaped(artefact.kind)}), made and checked by loralab."
@@ -51,6 +52,12 @@ def _summary(artefact: Artefact) -> str:
         told = MODELS[artefact.short_name].description
         text += f" Training read `{artefact.short_name}` ({told}); other files of the base can answer otherwise."
     return text
+
+
+def _method(artefact: Artefact) -> str:
+    """Return a method as its class is called; the name of one that is not known here."""
+    known = specs().get(artefact.method)
+    return known.config.__name__ if known else artefact.method
 
 
 def _results(artefact: Artefact) -> str:
@@ -95,7 +102,8 @@ def _data(artefact: Artefact) -> Rows:
 
 def _arguments(artefact: Artefact) -> Rows:
     """Yield the method's fields and the training's, of those that are given."""
-    own = {**artefact.part("method"), **artefact.part("training")}
+    method = dict(artefact.part("method"))
+    own = {"method": method.pop("name", None), **method, **artefact.part("training")}
     base = artefact.part("base")
     own |= {name: base[name] for name in ("precision", "quantize", "image_size") if base.get(name)}
     for name, value in own.items():

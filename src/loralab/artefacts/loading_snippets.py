@@ -13,6 +13,7 @@ from loralab.artefacts.gguf_adapter import FILE
 from loralab.artefacts.updates import updates
 from loralab.models.kinds import CAUSAL, HEADS, LOADERS
 
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 PLAIN_MODEL = "BASE"  # stands for a base that no hub is known to have
 
 
@@ -49,12 +50,13 @@ def _peft(artefact: Artefact) -> Snippet:
         return Snippet(engine="peft", remark=_why_not(verdict))
     loader = LOADERS[artefact.kind].__name__
     labels = artefact.part("task").get("labels") or []
-    count = f", num_labels={len(labels) or 1}" if artefact.kind in HEADS else ""
+    options = f", num_labels={len(labels) or 1}" if artefact.kind in HEADS else ""
+    options += f', dtype="{dtype}"' if (dtype := DTYPES.get(artefact.part("base").get("precision", ""))) else ""
     lines = [
         "from peft import PeftModel",
         f"from transformers import {loader}",
         "",
-        f"base = {loader}.from_pretrained({json.dumps(_base(artefact))}{count})",
+        f"base = {loader}.from_pretrained({json.dumps(_base(artefact))}{options})",
         f"model = PeftModel.from_pretrained(base, {json.dumps(place_of(artefact))})",
     ]
     new = artefact.part("tokenizer").get("new_tokens")
