@@ -116,7 +116,7 @@ def metadata_of(artefact: Artefact, license: str | None = None) -> ModelCardData
         datasets=[artefact.data_id] if artefact.data_id else None,
         metrics=sorted({result.metric_type for result in results}) or None,
         tags=tags,
-        model_name=artefact.name,
+        model_name=artefact.name if results else None,
         eval_results=results or None,
         **relation,
     )
