@@ -18,7 +18,7 @@ from studies.outcomes import results
 
 from loralab.errors import ConfigError, OutputError
 from loralab.studies import store
-from loralab.studies.conduct import _require_place
+from loralab.studies.conduct import require_place
 from loralab.studies.executor import Here
 from loralab.studies.runner import BUDGET, session
 from loralab.studies.study import DIVERGED, DONE, FAILED, MISSING, Arm, Record, Trial
@@ -253,10 +253,10 @@ def test_a_run_that_ends_without_finite_numbers_is_a_result_of_its_own(
 def test_what_a_study_left_that_was_killed_as_it_began_is_no_obstacle(tmp_path: Path) -> None:
     for name in (store.LOCK, store.LOG, f"{store.STUDY}.partial"):
         (tmp_path / name).touch()
-    _require_place(tmp_path, resume=False)
+    require_place(tmp_path, resume=False)
     (tmp_path / "mine").touch()
     with pytest.raises(OutputError, match="not empty"):
-        _require_place(tmp_path, resume=False)
+        require_place(tmp_path, resume=False)
 
 
 def test_the_commands_that_an_error_proposes_can_be_typed(tmp_path: Path) -> None:
@@ -267,5 +267,5 @@ def test_the_commands_that_an_error_proposes_can_be_typed(tmp_path: Path) -> Non
     folder.mkdir()
     (folder / store.STUDY).touch()
     with pytest.raises(OutputError) as error:
-        _require_place(folder, resume=False)
+        require_place(folder, resume=False)
     assert f"loralab report {shlex.quote(str(folder))}, " in str(error.value)

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +11,10 @@ import typer
 from loralab.cli.app import app
 from loralab.cli.arguments import DEFAULT_MODEL, Data, Json, Map, Model, Quiet, Resume, mapping_of
 from loralab.cli.options import build, with_options
-from loralab.cli.tables import print_json
+from loralab.cli.tables import print_columns, print_json
 from loralab.errors import ConfigError
 from loralab.studies.catalog import STUDIES, require_installed
+from loralab.studies.claims.form import NAME as CLAIMS
 from loralab.studies.study import StudyOptions
 from loralab.studies.wording import LANGUAGES, say
 
@@ -29,7 +31,10 @@ Language = Annotated[str, typer.Option("--lang", help=f"of the page: {' or '.joi
 @app.command()
 @with_options(StudyOptions)
 def study(
-    name: Annotated[str, typer.Argument(help=f"{', '.join(STUDIES)}, all, or a .toml file")],
+    name: Annotated[str, typer.Argument(help=f"{', '.join(STUDIES)}, all, claims, or a .toml file")],
+    only: Annotated[
+        list[str] | None, typer.Argument(help="numbers of claims, or .toml files; none: all", show_default=False)
+    ] = None,
     model: Model = None,
     data: Data = None,
     map_: Map = None,
@@ -47,7 +52,7 @@ def study(
 ) -> None:
     """Answer a question by fair measurement on a model and data, as a report."""
     _require_ready(lang)
-    given = {**(typed or {}), **{k: v for k, v in (("model", model), ("data", data)) if v}}
+    given = {**(typed or {}), **{k: v for k, v in (("model", model), ("data", data)) if v}, **_claims(name, only)}
     asked = build(StudyOptions, given)
     from loralab.cli.progress import StudyLines
     from loralab.studies.conduct import study as conduct
@@ -120,7 +125,29 @@ def report(
     _show(render(folder, language=lang), lang, json_)
 
 
+def _claims(study: str, only: list[str] | None) -> dict[str, Any]:
+    """Return what is typed after `study claims`; after another name it would have no effect."""
+    if only and study != CLAIMS:
+        message = f"{only[0]!r} after {study} has no effect: only claims have numbers; --values names arms to compare"
+        raise ConfigError(message, code="no_effect", field="only")
+    return {"values": tuple(only)} if only else {}
+
+
+def _show_board(outcome: "Outcome", rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    from loralab.studies.claims.board import COLUMNS, PAGE, cells_of
+
+    if as_json:
+        print_json({"folder": str(outcome.folder), "board": list(rows), "skipped": dict(outcome.skipped)})
+    else:
+        print_columns(COLUMNS, [{**(own := cells_of(row)), "source": own["source"].partition(",")[0]} for row in rows])
+        print(f"board: {outcome.folder / PAGE}")
+    _end(outcome, quiet=as_json)
+
+
 def _show(outcome: "Outcome", language: str, as_json: bool) -> None:
+    if outcome.board is not None:
+        _show_board(outcome, outcome.board, as_json)
+        return
     answers = {name: say(a.sentence, language) for name, a in outcome.answers.items()}
     if as_json:
         print_json(

@@ -87,8 +87,8 @@ def question(name: str) -> Question:
         ConfigError: there is no such study.
     """
     if name not in STUDIES:
-        known = f"Studies: {', '.join(STUDIES)}, all; or a .toml file of your own"
-        raise ConfigError(f"there is no study {name!r}{nearest(name, [*STUDIES, 'all'])} {known}")
+        known = f"Studies: {', '.join(STUDIES)}, all, claims; or a .toml file of your own"
+        raise ConfigError(f"there is no study {name!r}{nearest(name, [*STUDIES, 'all', 'claims'])} {known}")
     return STUDIES[name]
 
 

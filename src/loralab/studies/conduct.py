@@ -12,6 +12,7 @@ from typing import Any
 from loralab import atomic
 from loralab.errors import ConfigError, LoralabError, OutputError, RunError
 from loralab.studies import catalog, store
+from loralab.studies.claims.form import NAME as CLAIMS
 from loralab.studies.cluster import open_cluster
 from loralab.studies.fields import configured, from_toml, known
 from loralab.studies.objects import FOLDER, Objects
@@ -38,12 +39,14 @@ class Outcome:
         answers: by study.
         skipped: studies that could not run at all, and why.
         failed: studies in which no run came to its end, and why.
+        board: the rows of the board, where claims were decided.
     """
 
     folder: Path
     answers: Mapping[str, Answer]
     skipped: Mapping[str, str]
     failed: Mapping[str, str] = field(default_factory=dict)
+    board: Sequence[Mapping[str, Any]] | None = None
 
 
 def study(
@@ -62,10 +65,10 @@ def study(
     listener: Listener | None = None,
     ray: str | None = None,
 ) -> Outcome:
-    """Answer one of the twelve questions by measurement, or all, or compare one's own grid.
+    """Answer one of the twelve questions by measurement, or all; compare one's own grid; decide published claims.
 
     Args:
-        name: a study of the catalog, "all", or a TOML file of one's own (docs/studies.md).
+        name: a study of the catalog, "all", "claims", or a TOML file of one's own (docs/studies.md).
         output_dir: the study folder; none is studies/<name>. With `resume` one that exists.
         model, tokenizer, data: as train() takes them; none is as `asked` says. A live model and
             rows in memory are written into the study folder.
@@ -82,9 +85,14 @@ def study(
     folder = Path(output_dir) if output_dir is not None else Path("studies") / Path(name).stem
     objects = Objects.of(folder, model, tokenizer, data, mapping)
     asked = objects.named_in(asked or StudyOptions(), model, data)
+    if name == CLAIMS:
+        from loralab.studies.claims.conduct import decide_claims
+
+        none_else = {"map": mapping, "skip_invalid": skip_invalid}
+        return decide_claims(folder, asked, none_else, budget=budget, resume=resume, listener=listener, ray=ray)
     work = _work(name, asked, mapping if objects.data is None else None)
     seconds = parse_seconds(budget) if budget is not None else None
-    _require_place(folder, resume=resume)
+    require_place(folder, resume=resume)
     objects.write()
     with open_cluster(ray) as away, session(folder, seconds, listener, away) as own:
         ready, skipped = _prepared(own, work, skip_invalid=skip_invalid, several=name == ALL)
@@ -95,14 +103,18 @@ def study(
 
 
 def report(folder: str | Path, *, language: str = "en") -> Outcome:
-    """Write report.html, report.md, report.zh-TW.md and results.parquet; trains nothing.
+    """Write report.html, report.md, report.zh-TW.md and results.parquet, or a board's page; trains nothing.
 
     Raises:
         OutputError: the folder holds no study, or cannot be written.
     """
+    from loralab.studies.claims import board
     from loralab.studies.report import render
 
     folder, failed = Path(folder), {}
+    if (folder / board.FILE).is_file():
+        board.write_page(folder)
+        return Outcome(folder=folder, answers={}, skipped={}, board=board.read(folder))
     sections = render(folder, language)
     for each in sections:
         if each.records and not any(record.status == DONE for record in each.records):
@@ -150,7 +162,7 @@ def recommend(
     asked = objects.named_in(asked or StudyOptions(), model, data)
     if asked.values or asked.fixed_lr:
         raise ConfigError("--values and --fixed-lr have no effect on recommend, which chooses both")
-    _require_place(folder, resume=resume)
+    require_place(folder, resume=resume)
     objects.write()
     started = time.monotonic()
     with open_cluster(ray) as away, session(folder, seconds, listener, away) as own:
@@ -283,7 +295,7 @@ def _shown(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
 
 
-def _require_place(folder: Path, *, resume: bool) -> None:
+def require_place(folder: Path, *, resume: bool) -> None:
     """Require a new folder, or with `resume` one that holds a study."""
     if (folder / store.STUDY).is_file():
         if not resume:

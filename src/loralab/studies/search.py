@@ -31,6 +31,7 @@ class Search:
 
     arm: Arm
     rate: float | None
+    first_seed: int = 0
     rates: tuple[float, ...] = ()
     seconds: float = 0.0
     at_edge: bool = False
@@ -38,7 +39,7 @@ class Search:
     def noted(self, record: Record) -> Record:
         """Return the record of a run of this arm, with what its search says of it."""
         texts = {**record.texts, "rate": EDGE} if self.at_edge else record.texts
-        searched = self.seconds if record.seed == 0 else 0.0
+        searched = self.seconds if record.seed == self.first_seed else 0.0
         return replace(record, arm=self.arm, rate=self.rate, searched=searched, texts=texts)
 
 
@@ -63,13 +64,14 @@ def walk(setup: StudySetup, arms: Sequence[Arm], obtain: Obtain, each: Each = in
     def tuned(arm: Arm) -> Search:
         if needs_search(setup, arm):
             return tune(setup, arm, obtain, measure_of(arm), each)
-        return Search(arm=arm, rate=arm.fields.get("learning_rate"))
+        return Search(arm=arm, rate=arm.fields.get("learning_rate"), first_seed=setup.first_seed)
 
     ready = each(tuned, arms)
     found = {search.arm.name: search for search in ready}
 
     def run(arm: Arm, seed: int) -> Record:
-        return found[arm.name].noted(obtain(Trial(measure=measure_of(arm), setup=setup, arm=arm, seed=seed)))
+        trial = Trial(measure=measure_of(arm), setup=setup, arm=arm, seed=setup.first_seed + seed)
+        return found[arm.name].noted(obtain(trial))
 
     return seeded(setup, [own.arm for own in ready], run, each, lambda records: contenders(records, setup))
 
@@ -130,7 +132,8 @@ def tune(setup: StudySetup, arm: Arm, obtain: Obtain, measure: str, each: Each =
         own = rates.with_rate(arm, run.rate)
         if run.short:
             own = shortened(own, max(2, int(setup.fields["max_steps"]) // 3))
-        return obtain(Trial(measure=SEARCH if run.short else measure, setup=setup, arm=own, seed=run.seed))
+        seed = setup.first_seed + run.seed
+        return obtain(Trial(measure=SEARCH if run.short else measure, setup=setup, arm=own, seed=seed))
 
     while asked := rates.next_runs(runs, first, setup.seeds):
         runs |= zip(asked, each(one, asked), strict=True)
@@ -139,6 +142,7 @@ def tune(setup: StudySetup, arm: Arm, obtain: Obtain, measure: str, each: Each =
     return Search(
         arm=rates.with_rate(arm, best),
         rate=best if best is not None else arm.fields.get("learning_rate"),
+        first_seed=setup.first_seed,
         rates=tried,
         seconds=math.fsum(record.seconds for run, record in runs.items() if run.short or run.rate != best),
         at_edge=len(tried) > 1 and best in (tried[0], tried[-1]),

@@ -47,7 +47,7 @@ class StudySetup:
     usual one. `metric` is what decides, where it is not the task's own. `quick` is one seed and fewer
     steps: an indication, not a result. Arms that can still be the best get more seeds, up to
     `seeds_max`. `margin` is the largest difference that does not matter: points of a score, percent
-    of a loss; None is 1. `general` is the text, or the other task, that forgetting is measured on;
+    of a loss; None is 1. Runs have the seeds `first_seed` and those that follow. `general` is the text, or the other task, that forgetting is measured on;
     empty is packaged data.
     """
 
@@ -66,6 +66,7 @@ class StudySetup:
     seeds_max: int = 0
     margin: float | None = None
     general: str = ""
+    first_seed: int = 0
 
     def __post_init__(self) -> None:
         """Keep lists of a file as tuples, and refuse numbers of seeds that no study has."""

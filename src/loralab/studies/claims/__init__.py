@@ -1,0 +1,1 @@
+"""Published claims, registered before their runs and decided by them."""

@@ -1,0 +1,149 @@
+"""study("claims"): registered claims -> their runs, in one folder that all share -> the board."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loralab import atomic
+from loralab.errors import ConfigError, LoralabError
+from loralab.studies import conduct, store
+from loralab.studies.claims import board
+from loralab.studies.claims.form import NAME, Claim, chosen, read
+from loralab.studies.claims.observations import Observation, observed
+from loralab.studies.claims.plan import arms_of, setup_of
+from loralab.studies.cluster import open_cluster
+from loralab.studies.runner import Listener, Session, session
+from loralab.studies.search import walk
+from loralab.studies.study import MISSING, Record, StudyOptions, Trial
+from loralab.values import parse_seconds, read_bytes
+
+REGISTER = "registered"  # of a study folder: the files of the claims that have begun there
+
+
+def decide_claims(
+    folder: Path,
+    asked: StudyOptions,
+    others: Mapping[str, Any] | None = None,
+    *,
+    budget: str | None = None,
+    resume: bool = False,
+    listener: Listener | None = None,
+    ray: str | None = None,
+) -> conduct.Outcome:
+    """Run what is missing of the claims that are asked for, and write the board after each.
+
+    Args:
+        asked: its `values` are numbers of claims, or files of one's own; none is all that come along.
+        others: further settings of studies, which have no effect here.
+
+    Raises:
+        InputError: a claim, a setting or the folder is wrong, or a file changed after its runs.
+    """
+    _require_nothing_else({**vars(asked), **(others or {})})
+    files = chosen(asked.values)
+    claims = [read(file) for file in files]
+    seconds = parse_seconds(budget) if budget is not None else None
+    conduct.require_place(folder, resume=resume)
+    for claim in claims:
+        require_same(folder, claim)
+    with open_cluster(ray) as away, session(folder, seconds, listener, away) as own:
+        skipped = _unable(own, claims)
+        for claim, file in zip(claims, files, strict=True):
+            if claim.study not in skipped:
+                register(folder, claim, file)
+                own.run(setup_of(claim), arms_of(claim))
+                write_board(folder)
+    rows = write_board(folder)
+    decided = {row["claim"] for row in rows}
+    unfinished = [claim.study for claim in claims if claim.claim not in decided and claim.study not in skipped]
+    left = dict.fromkeys(unfinished, "runs are missing; go on with --resume")
+    return conduct.Outcome(folder=folder, answers={}, skipped={**skipped, **left}, board=rows)
+
+
+def _unable(own: Session, claims: Sequence[Claim]) -> dict[str, str]:
+    """Prepare all claims before the first run; return why some cannot run here.
+
+    Raises:
+        LoralabError: one cannot, and is the only one.
+    """
+    skipped: dict[str, str] = {}
+    for claim in claims:
+        setup = setup_of(claim)
+        try:
+            own.prepare(setup, arms_of(claim))
+        except LoralabError as error:
+            if len(claims) == 1:
+                raise
+            skipped[claim.study] = str(error)
+            own.skip(setup, str(error))
+        else:
+            own.tell_of(setup, "ready")
+    return skipped
+
+
+def _require_nothing_else(given: Mapping[str, Any]) -> None:
+    """Refuse settings of other studies: what a claim's runs are is registered in its file.
+
+    Raises:
+        ConfigError: one was given.
+    """
+    usual = vars(StudyOptions())
+    for name, value in given.items():
+        if name != "values" and value and value != usual.get(name):
+            message = f"{name} has no effect on claims, whose runs are registered in their files"
+            hint = f"copy one, change it and give it: loralab study {NAME} mine.toml"
+            raise ConfigError(f"{message}; {hint}", code="no_effect", field=name)
+
+
+def require_same(folder: Path, claim: Claim) -> None:
+    """Require a claim that has begun here to be the one that was registered.
+
+    Raises:
+        ConfigError: its file changed after its run.
+    """
+    if (held := registered(folder).get(claim.claim)) is not None and held.digest != claim.digest:
+        message = (
+            f"claim {claim.claim} is registered in {folder} as {held.digest}, and its file is {claim.digest} by now"
+        )
+        hint = "restore it, or register it anew: a new --output-dir, or a .toml file with another number"
+        raise ConfigError(f"{message}; {hint}", code="claim_changed", field=f"claim {claim.claim}")
+
+
+def registered(folder: Path) -> dict[int, Claim]:
+    """Return the claims that have begun in a folder, by number, as they were then."""
+    found = [read(file) for file in (folder / REGISTER).glob("*.toml")]
+    return {claim.claim: claim for claim in sorted(found, key=lambda claim: claim.claim)}
+
+
+def register(folder: Path, claim: Claim, file: Path) -> None:
+    """Keep the file of a claim before its first run.
+
+    Raises:
+        ConfigError: it changed since it was read.
+    """
+    copy = folder / REGISTER / f"{claim.claim}.toml"
+    if not copy.is_file():
+        atomic.write_file(copy, read_bytes(file, ConfigError))
+    require_same(folder, claim)
+
+
+def write_board(folder: Path) -> list[board.Row]:
+    """Write the board of all claims of a folder whose runs are there; return its rows."""
+    rows: list[board.Row] = []
+    every: list[Observation] = []
+    for claim in registered(folder).values():
+        if found := observations_of(folder, claim):
+            rows.append(board.row_of(claim, found))
+            every += found
+    board.write(folder, rows, every)
+    return rows
+
+
+def observations_of(folder: Path, claim: Claim) -> list[Observation]:
+    """Return what the runs of a claim gave; nothing while one is missing."""
+
+    def obtain(trial: Trial) -> Record:
+        return store.read(folder, trial) or trial.record(status=MISSING)
+
+    records = walk(setup_of(claim), arms_of(claim), obtain)
+    return [] if any(record.status == MISSING for record in records) else observed(claim, records)
