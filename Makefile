@@ -2,6 +2,7 @@
 # demo-tasks: ten adapters trained together and served
 # test: tests, linter, formatter, types                  bench: ours against the peers, one file a claim
 # clients: the ecosystem's tools against a server, each in an environment of its own (docs/clients.md)
+# release: wheel and source archive in dist, checked; publishes nothing
 # audit: the pins among known vulnerabilities, before a release; asks a service on the network
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ READY := .venv/.ready
 # of 18,000 files a third is ever imported, and compiled then
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup demo demo-tasks test types behaviour test-slow bench clients audit clean
+.PHONY: setup demo demo-tasks test types behaviour test-slow bench clients release audit clean
 
 setup: $(READY)
 
@@ -17,13 +18,11 @@ $(READY): pyproject.toml constraints.txt requirements-assets.txt
 	$(PYTHON) -c 'import sys; sys.exit("loralab needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) -c constraints.txt torch==2.13.0 -e '.[dev]'
-	$(INSTALL) --no-deps -r requirements-assets.txt
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary vaderSentiment \
-		--dest .venv/share/loralab vaderSentiment==0.5
+	$(BIN)/loralab assets install --yes
 	touch $(READY)
 
 demo: setup
-	$(BIN)/python examples/demo.py
+	$(BIN)/loralab demo
 
 demo-tasks: setup
 	$(BIN)/python examples/ten_tasks.py
@@ -57,10 +56,19 @@ clients: setup .venv-clients/.ready
 	if command -v npm > /dev/null; then npm install --silent --no-audit --no-fund --prefix .venv-clients/node ai@6 @ai-sdk/openai-compatible@2 zod@4; fi
 	touch .venv-clients/.ready
 
+release:
+	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml); top=$$(sed -n 's/^## *//p' CHANGELOG.md | head -n 1); \
+		test "$$top" = "$$version" || { echo "CHANGELOG.md begins with '$$top', and the version is $$version" >&2; exit 1; }
+	rm -rf dist build/release
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	build/release/bin/python -m build .
+	build/release/bin/python -m twine check --strict dist/*
+
 audit:
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
 	build/audit/bin/pip-audit --disable-pip --no-deps -r constraints.txt
 
 clean:
-	rm -rf .venv .venv-clients build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-clients build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

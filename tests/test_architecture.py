@@ -14,7 +14,7 @@ import pytest
 from loralab.adapters.registry import built_in
 
 ROOT = Path(__file__).parents[1] / "src" / "loralab"
-BASE = {"errors", "atomic", "values", "plugins", "lanes"}
+BASE = {"errors", "atomic", "values", "plugins", "packages", "lanes"}
 LEAVES = BASE | {"native"}
 TOGETHER = {"cluster"}  # several machines
 MAY_IMPORT: dict[str, set[str]] = {
@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "atomic": {"errors"},
     "values": {"errors"},
     "plugins": {"errors"},
+    "packages": {"errors", "atomic"},
     "lanes": set(),
     "native": BASE,
     "cluster": {"errors"},
@@ -37,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": BASE
     | {"__version__"}
     | TOGETHER
-    | {"adapters", "models", "tasks", "training", "artefacts", "serving", "studies"},
+    | {"adapters", "models", "tasks", "training", "artefacts", "serving", "studies", "integrations"},
 }
 # third-party names, where restricted
 MAY_INSTALL = {"native": {"torch"}, "adapters": {"torch", "safetensors", "regex"}}
@@ -53,6 +54,7 @@ TORCH_FREE = [
     "atomic.py",
     "values.py",
     "plugins.py",
+    "packages.py",
     "models/catalog.py",
     "assets/smollm.py",
     "assets/minilm.py",

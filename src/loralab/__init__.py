@@ -6,7 +6,7 @@ The public names, resolved on first use, so that `import loralab` loads no torch
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _WHERE = {
     "LoRA": "adapters.methods",
@@ -45,6 +45,8 @@ _WHERE = {
     "verify": "artefacts.verify",
     "audit": "artefacts.audit.audit",
     "inspect": "artefacts.inspect",
+    "card": "artefacts.card",
+    "push": "integrations.hub",
     "serve": "serving.serve",
     "StudyOptions": "studies.study",
     "study": "studies.conduct",

@@ -13,6 +13,7 @@ LoralabError
     ├── AdapterStateError an operation that the adapter's present state forbids (RuntimeError)
     ├── QueueFullError    too much is asked at once; ask again later          (RuntimeError)
     ├── LearningError     the run cannot learn, or its numbers are no longer finite (RuntimeError)
+    ├── TransferError     what was fetched or sent did not arrive, or is another file (RuntimeError)
     └── CertificateError  an artefact does not do what the live model does    (RuntimeError)
 
 A message has three parts: the culprit as the user wrote it, what was expected, and the
@@ -93,6 +94,10 @@ class QueueFullError(RunError, RuntimeError):
 
 class LearningError(RunError, RuntimeError):
     """The run cannot learn, or its numbers are no longer finite."""
+
+
+class TransferError(RunError, RuntimeError):
+    """Something did not come over the network, or is not what was asked for."""
 
 
 class CertificateError(RunError, RuntimeError):

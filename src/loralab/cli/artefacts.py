@@ -11,6 +11,7 @@ import typer
 from loralab.cli.app import app
 from loralab.cli.arguments import Json, Model
 from loralab.cli.tables import print_json, print_table
+from loralab.cli.working import working
 
 if TYPE_CHECKING:
     from loralab.artefacts.audit.report import AuditReport
@@ -37,7 +38,8 @@ def merge(
     """Put an adapter into the base's weights: a full model folder, with its certificate."""
     from loralab.artefacts.merge import merge as run_merge
 
-    certificate = run_merge(adapter, output, model=model, precision=precision, quantize=quantize, force=force)
+    with working(f"merging {adapter}, and comparing the merged model in a fresh process", quiet=json_):
+        certificate = run_merge(adapter, output, model=model, precision=precision, quantize=quantize, force=force)
     _show_certificate(output, certificate, json_)
 
 
@@ -53,7 +55,8 @@ def export(
     """Write an adapter in another form, with its certificate."""
     from loralab.artefacts.export import export as run_export
 
-    certificate = run_export(adapter, output, to=to, model=model, precision=precision)
+    with working(f"writing {adapter} for {to}, and comparing it in a fresh process", quiet=json_):
+        certificate = run_export(adapter, output, to=to, model=model, precision=precision)
     _show_certificate(output, certificate, json_)
 
 
@@ -93,9 +96,12 @@ def verify(
 
     if adapter is None:
         options: dict[str, Any] = {} if logits else {"logits": False}
-        _show_certificate(artefact, run_verify(artefact, base=base, **options), json_)
+        with working(f"reloading {artefact} in a fresh process, to compare it with its certificate", quiet=json_):
+            certificate = run_verify(artefact, base=base, **options)
+        _show_certificate(artefact, certificate, json_)
         return
-    report = run_verify(artefact, base=base, adapter=adapter, logits=logits)
+    with working(f"comparing every tensor of {artefact} with base and adapter, then the logits", quiet=json_):
+        report = run_verify(artefact, base=base, adapter=adapter, logits=logits)
     _conclude(report, _show_merge, json_)
 
 
@@ -119,15 +125,16 @@ def audit(
     from loralab.artefacts.audit.audit import audit as run_audit
 
     names = [name.strip() for name in engines.split(",") if name.strip()]
-    report = run_audit(
-        adapter,
-        base=base,
-        engines=names,
-        data=data,
-        precision=precision,
-        output=output,
-        listener=lambda name: print(f"asking {name}", file=sys.stderr),
-    )
+    with working(f"asking engines about {adapter}", quiet=json_):
+        report = run_audit(
+            adapter,
+            base=base,
+            engines=names,
+            data=data,
+            precision=precision,
+            output=output,
+            listener=lambda name: print(f"asking {name}", file=sys.stderr),
+        )
     _conclude(report, _show_audit, json_)
 
 

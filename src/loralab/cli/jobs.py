@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from loralab.cli.arguments import field_names, requested
 from loralab.cli.progress import LINES, duration
 from loralab.cli.tables import print_json, run_json, show_run
+from loralab.cli.working import working
 from loralab.errors import ConfigError, LoralabError, format_value
 from loralab.training.jobs import TrainJob, of_job, read_jobs
 
@@ -97,6 +99,8 @@ class JobLines:
 
     def __init__(self, jobs: int, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._opening = ExitStack()  # until the first event
+        self._opening.enter_context(working(f"loading the base and the data of {jobs} jobs", quiet=quiet))
         self._lines = max(2, LINES // jobs)  # of each
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -108,11 +112,13 @@ class JobLines:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._opening.close()
         if self._bars is not None:
             self._bars.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
+        self._opening.close()
         if event["kind"] == "step":
             self._step(event)
         elif event["kind"] != "checkpoint":

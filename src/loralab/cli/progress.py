@@ -1,11 +1,14 @@
 """A run's events as a progress bar on a terminal, and as some twenty plain lines elsewhere."""
 
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.status import Status
+
+from loralab.cli.working import working
 
 LINES = 20
 
@@ -13,10 +16,12 @@ LINES = 20
 class Bar:
     """Listens to a run; a context manager, so that the terminal is left clean."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, opening: str = "") -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._opening = ExitStack()  # until the first event
+        self._opening.enter_context(working(opening, quiet=quiet or not opening))
 
     def __enter__(self) -> "Bar":
         if sys.stderr.isatty() and not self._console.quiet:
@@ -25,17 +30,21 @@ class Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._opening.close()
         if self._bar is not None:
             self._bar.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
+        self._opening.close()
         if event["kind"] == "step":
             self._step(event)
         elif event["kind"] != "checkpoint":
             from loralab.training.record import describe
 
             self._console.print(describe(event))
+        if event["kind"] == "end":
+            self._console.print("reloading it in a fresh process, to compare ...")
 
     def _step(self, event: dict[str, Any]) -> None:
         step, steps = event["step"], event["steps"]
@@ -59,8 +68,10 @@ def duration(seconds: float) -> str:
 class StudyLines:
     """Listens to a study: which arm and seed runs, its step on a terminal, and the time left."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, opening: str = "") -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._opening = ExitStack()  # until the first event
+        self._opening.enter_context(working(opening, quiet=quiet or not opening))
         self._status: Status | None = None
         self._now = ""
 
@@ -71,11 +82,13 @@ class StudyLines:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._opening.close()
         if self._status is not None:
             self._status.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show one event."""
+        self._opening.close()
         if event["kind"] == "cell":
             self._cell(event)
         elif event["kind"] == "study":

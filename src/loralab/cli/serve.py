@@ -1,7 +1,7 @@
 """serve."""
 
 import json
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,7 @@ from loralab.cli.app import app
 from loralab.cli.arguments import DEFAULT_MODEL, Json, Model
 from loralab.cli.options import build, with_options
 from loralab.cli.vllm import require_ours, require_vllms, serve_by_vllm
+from loralab.cli.working import working
 from loralab.errors import ConfigError
 from loralab.serving.settings import Limits, ServeSettings
 
@@ -73,8 +74,14 @@ def serve(
     if ray is not None or replicas is not None:
         _serve_replicas(asked | rules, replicas or 1, ray, host, port, known, json_)
     else:
-        say = partial(_say_ready, as_json=json_)
-        serve_by(asked, host, port, known, rules, say)
+        with ExitStack() as opening:
+            opening.enter_context(working(f"opening {asked['model']} and the adapters of {store}", quiet=json_))
+
+            def say(found: "ServerInfo", where: str, with_keys: bool) -> None:
+                opening.close()
+                _say_ready(found, where, with_keys, json_)
+
+            serve_by(asked, host, port, known, rules, say)
 
 
 def _named_paths(given: list[str]) -> dict[str, str | Path]:

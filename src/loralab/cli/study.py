@@ -57,7 +57,7 @@ def study(
     from loralab.cli.progress import StudyLines
     from loralab.studies.conduct import study as conduct
 
-    with StudyLines(quiet=quiet or json_) as lines:
+    with StudyLines(quiet=quiet or json_, opening=f"preparing {name}") as lines:
         outcome = conduct(
             name,
             output_dir=output_dir,
@@ -95,7 +95,7 @@ def recommend(
     from loralab.cli.progress import StudyLines
     from loralab.studies.conduct import recommend as search
 
-    with StudyLines(quiet=quiet or json_) as lines:
+    with StudyLines(quiet=quiet or json_, opening=f"preparing trials on {data}") as lines:
         outcome = search(
             model=model or DEFAULT_MODEL,
             data=data,

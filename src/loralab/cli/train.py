@@ -32,6 +32,7 @@ from loralab.cli.arguments import (
 )
 from loralab.cli.options import build, with_options
 from loralab.cli.tables import print_json, print_table, run_json, show_listing, show_run
+from loralab.cli.working import working
 from loralab.errors import ConfigError
 from loralab.training.settings import Evaluation, Training
 
@@ -76,7 +77,8 @@ def train(
     from loralab.cli.progress import Bar
     from loralab.training.run import train as run_training
 
-    with Bar(quiet=quiet or json_) as bar:
+    opening = f"loading {request['model']} and {request['data']}, and checking both"
+    with Bar(quiet=quiet or json_, opening=opening) as bar:
         run = run_training(**request, output_dir=output, resume=resume, listener=bar)
     result = run_json(run)
     if result and json_:
@@ -101,7 +103,8 @@ def plan(
     request = requested(given, config)
     from loralab.training.plan import plan as make_plan
 
-    result = make_plan(**request)
+    with working(f"reading {request['model']} and {request['data']}", quiet=json_):
+        result = make_plan(**request)
     if json_:
         print_json(result.to_json())
     else:
@@ -128,7 +131,8 @@ def evaluate(
     from loralab import atomic
     from loralab.training.evaluation import evaluate as score
 
-    scores = score(data=data, model=model, adapter=adapter, evaluation=evaluation, mapping=mapping_of(map_))
+    with working(f"scoring {adapter or model} on {data}", quiet=json_):
+        scores = score(data=data, model=model, adapter=adapter, evaluation=evaluation, mapping=mapping_of(map_))
     if predictions is not None:
         lines = (json.dumps(vars(p), ensure_ascii=False) for p in scores.predictions)
         atomic.write_file(predictions, "".join(line + "\n" for line in lines))
@@ -165,18 +169,19 @@ def generate(
         model = DEFAULT_MODEL
     from loralab.training.evaluation import generate as answer
 
-    found = answer(
-        prompts=prompts,
-        model=model,
-        adapters=adapters,
-        with_base=base,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        precision=precision,
-        images=list(image or []),
-    )
+    with working(f"answering {len(prompts)} prompts", quiet=json_):
+        found = answer(
+            prompts=prompts,
+            model=model,
+            adapters=adapters,
+            with_base=base,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            precision=precision,
+            images=list(image or []),
+        )
     if json_:
         print_json(found)
         return

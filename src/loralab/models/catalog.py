@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loralab.packages import Package
 from loralab.plugins import Registry
 
 
@@ -23,6 +24,8 @@ class NamedModel:
         convert: writes a model folder (second argument, new) from the file (first argument), where
             that is no GGUF file. It is called once for each content of the file.
         parameters: how many there are, for listings.
+        package: what brings it, pinned, for `loralab assets`.
+        hub: id on the model hub of what it was made from, for model cards; empty if there is none.
     """
 
     name: str
@@ -33,6 +36,8 @@ class NamedModel:
     get: str
     locate: Callable[[], Path | None]
     convert: Callable[[Path, Path], None] | None = None
+    package: Package | None = None
+    hub: str = ""
 
 
 MODELS = Registry(

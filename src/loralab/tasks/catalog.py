@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab.errors import ConfigError, DataError, join_limited, nearest
+from loralab.packages import Package
 from loralab.plugins import Registry
 from loralab.tasks.chat_options import DEFAULT, ChatOptions
 from loralab.tasks.formats import Row
@@ -101,6 +102,7 @@ class NamedTask:
         locate: returns its file or folder; None where it is not here.
         load: makes a table of that.
         get: returns the command that brings it.
+        package: what brings it, pinned, for `loralab assets`.
     """
 
     name: str
@@ -111,6 +113,7 @@ class NamedTask:
     locate: Callable[[], Path | None]
     load: Callable[[Path], DataTable]
     get: Callable[[], str]
+    package: Package | None = None
 
 
 TASKS = Registry(NamedTask, "loralab.tasks", tuple(f"loralab.assets.{name}" for name in ("vader", "fashion", "digits")))
@@ -196,6 +199,15 @@ def folders() -> list[Path]:
     own = os.environ.get("LORALAB_ASSETS")
     beside = Path(sys.prefix) / "share" / "loralab"
     return [*([Path(own)] if own else []), beside, Path.home() / ".cache" / "loralab" / "assets"]
+
+
+def writable_folder() -> Path:
+    """Return the first of the folders that can be written, where archives are put."""
+    return next((f for f in folders() if os.access(_existing(f), os.W_OK)), folders()[-1])
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
 def _task(table: DataTable, seed: int, instruction: str) -> Task:
