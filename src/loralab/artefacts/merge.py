@@ -11,6 +11,7 @@ from typing import Any
 
 from loralab import atomic
 from loralab.adapters.folder import RECORD, write_json
+from loralab.adapters.merge_aware import put_on_grid
 from loralab.adapters.model_folder import has_own_head
 from loralab.adapters.record import FORMAT
 from loralab.artefacts import requantize
@@ -24,6 +25,7 @@ from loralab.models.source import quiet
 from loralab.values import check_choice
 
 REJECTED = ".rejected"
+KEPT = ("seed", "learn", "thoughts")  # of the record of a training
 
 
 def merge(
@@ -64,11 +66,15 @@ def merge(
     base = live.base
     prompts = sample_of(live.stored.record, base)
     reference = reference_of(base.model, prompts, base.kind, base.tokenizer)
+    on_grid = packs and requantize.is_on_grid(live.stored.record)
+    if on_grid:
+        put_on_grid(live.adapter)
     kept = requantize.retention(live.adapter) if packs else {}
     if not force:
         requantize.require_retention(kept)
     plain: Any = live.adapter.merge_and_detach()
-    dequantize(plain)
+    if not on_grid:
+        dequantize(plain)
     if packs:
         # what is written is compared with what was packed: that differs from the unpacked model
         requantize.pack(plain)
@@ -123,7 +129,7 @@ def _write_model(live: LoadedAdapter, plain: Any, place: Path, kept: Mapping[str
         file.chmod((place / "config.json").stat().st_mode)
     told: dict[str, Any] = {key: record[key] for key in ("task", "tokenizer", "sample") if key in record}
     # tells which rows were held out, and which of their answers were learnt
-    if stored := {name: v for name, v in record.get("training", {}).items() if name in ("seed", "learn", "thoughts")}:
+    if stored := {name: v for name, v in record.get("training", {}).items() if name in (*KEPT, *(["merge_aware"] if kept else ()))}:
         told["training"] = stored
     if kept:
         told["retained"] = {name: round(share, 4) for name, share in kept.items()}

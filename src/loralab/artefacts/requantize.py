@@ -31,12 +31,19 @@ def retention(adapter: Adapter) -> dict[str, float]:
     """Return the part of each linear layer's update that NF4 keeps: 1 is all of it, 0 nothing."""
     kept = {}
     for name, module in adapter.modules.items():
-        if is_linear(module.original):
+        if (grid := getattr(module, "grid", None)) is not None:
+            kept[name] = grid.kept(module)
+        elif is_linear(module.original):
             before = dense_weight(module.original).float()
             total: Tensor = module.merged_tensors()["weight"]
             after = total.T if getattr(module, "transposed", False) else total
             kept[name] = retained_share(before, after.detach().float())
     return kept
+
+
+def is_on_grid(record: Mapping[str, Any]) -> bool:
+    """Return whether an adapter was trained for a merge that keeps the scales of its NF4 base."""
+    return record.get("training", {}).get("merge_aware") == "nf4"
 
 
 def require_retention(kept: Mapping[str, float]) -> None:

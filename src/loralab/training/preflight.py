@@ -14,6 +14,7 @@ import loralab
 from loralab import atomic
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import put_into
+from loralab.adapters.merge_aware import put_on_grid
 from loralab.adapters.methods import AnyMethod
 from loralab.adapters.paths import ends_with, inside
 from loralab.adapters.targets import HEADS
@@ -45,6 +46,7 @@ from loralab.training.world import world
 from loralab.values import read_toml
 
 CONFIG = "config.toml"
+MERGE_NOTE = "losses of this run are those of its NF4 merge; the adapter that it saves stands beside its base"
 CHOSEN_FIELDS = ("pass_tokens", "gradient_checkpointing", "checkpoint_blocks")  # by a memory budget
 
 
@@ -75,7 +77,8 @@ class PreparedRun:
     def notes(self) -> tuple[str, ...]:
         """Return what the data and the model hold and the run does not use, a line each."""
         unsure = (self.unsure,) if self.unsure else ()
-        notes = (*unsure, *self.task.notes, *self.encoded.notes, *self.adapter.notes)
+        merge = (MERGE_NOTE,) if self.training.merge_aware else ()
+        notes = (*unsure, *merge, *self.task.notes, *self.encoded.notes, *self.adapter.notes)
         if self.task.format == "prompt-completion" and self.base.tokenizer.chat_template:
             return (*notes, f"prompts are asked through the chat template of {self.base.name}")
         return notes
@@ -185,7 +188,10 @@ def _attached(request: Request, base: Base) -> Adapter:
     if training.new_tokens:
         rows = (*method.token_rows, *add_tokens(base, training.new_tokens))
         method = replace(method, token_rows=rows)
-    return put_into(base.model, method, generator, name=request.name)
+    adapter = put_into(base.model, method, generator, name=request.name)
+    if training.merge_aware is not None:
+        put_on_grid(adapter)
+    return adapter
 
 
 def _digest(request: Request, task: Task) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from loralab.adapters.merge_aware import require_method
 from loralab.adapters.methods import AnyMethod, LoRA
 from loralab.adapters.registry import spec_of
 from loralab.errors import ConfigError
@@ -75,6 +76,8 @@ class Request:
             raise ConfigError(
                 "weights in few bits cannot be trained; leave --quantize out", code="trains_quantized", field="quantize"
             )
+        if training.merge_aware is not None:
+            require_method(method)
         if training.new_tokens and not spec.has("token_rows"):
             raise ConfigError("new_tokens are trained by LoRA only", code="lora_only", field="new_tokens")
         task = None if isinstance(data, str) else read(data, mapping, seed=training.seed)
