@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -33,21 +33,24 @@ _working = threading.Lock()  # lanes that meet at a layer wait for the first, in
 
 
 class Grid:
-    """Codes of a layer's weight with its update in it, worked out once for each state of the factors."""
+    """Codes of a layer's weight with its update in it, worked out once for each state of the factors.
+
+    Fused optimisers change tensors without a trace in their versions: the values are compared.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._state: tuple[Any, ...] = ()
+        self._of: tuple[Tensor, ...] = ()
         self._packed: NF4 | None = None
 
     def packed(self, layer: LinearWithLoRA) -> NF4:
         """Return W0 + (alpha / r) B A on the grid of W0."""
         with _working:
-            state = (*map(_version, (layer.lora_A, layer.lora_B)), layer.base.weight.data_ptr())
-            if self._packed is None or state != self._state:
+            of = (layer.lora_A.detach(), layer.lora_B.detach(), layer.base.weight)
+            if self._packed is None or not all(map(_same, of, self._of)):
                 A, B, scaling = layer.factors()
                 self._packed = with_update(layer.base.packed, A.detach(), B.detach(), scaling, self.seed)
-                self._state = state
+                self._of = of[0].clone(), of[1].clone(), of[2]
             return self._packed
 
     @torch.no_grad()
@@ -160,5 +163,5 @@ def seed_of(path: str) -> int:
     return zlib.crc32(path.encode())
 
 
-def _version(tensor: nn.Parameter) -> tuple[int, int]:
-    return id(tensor), -1 if tensor.is_inference() else tensor._version
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.device == other.device and torch.equal(one, other))

@@ -129,7 +129,8 @@ def _write_model(live: LoadedAdapter, plain: Any, place: Path, kept: Mapping[str
         file.chmod((place / "config.json").stat().st_mode)
     told: dict[str, Any] = {key: record[key] for key in ("task", "tokenizer", "sample") if key in record}
     # tells which rows were held out, and which of their answers were learnt
-    if stored := {name: v for name, v in record.get("training", {}).items() if name in (*KEPT, *(["merge_aware"] if kept else ()))}:
+    wanted = (*KEPT, "merge_aware") if kept else KEPT
+    if stored := {name: v for name, v in record.get("training", {}).items() if name in wanted}:
         told["training"] = stored
     if kept:
         told["retained"] = {name: round(share, 4) for name, share in kept.items()}

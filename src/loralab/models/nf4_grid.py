@@ -75,4 +75,3 @@ def thresholds(count: int, seed: int, device: torch.device | str = "cpu") -> Ten
     x = ((x ^ x >> 16) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ x >> 15) * 0x846CA68B) & 0xFFFFFFFF
     return ((x ^ x >> 16) >> 8).float() * 2.0**-24
-

@@ -22,7 +22,14 @@ __all__ = ["MEASURE", "arms", "conclude"]
 
 AGAIN, AWARE, DRIFT = "NF4 → NF4", "NF4 → NF4, trained for it", "100 merges"
 DENSE = ("fp32", "bf16", "fp16")
-NAMES = {**{name: name for name in DENSE}, "nf4": "NF4", "nf4-again": AGAIN, "nf4-aware": AWARE, "gguf": "GGUF", "drift": DRIFT}
+NAMES = {
+    **{name: name for name in DENSE},
+    "nf4": "NF4",
+    "nf4-again": AGAIN,
+    "nf4-aware": AWARE,
+    "gguf": "GGUF",
+    "drift": DRIFT,
+}
 PACKED = (AGAIN, AWARE)  # forms that end in 4 bits
 SLOW_ROWS = 12  # of a dtype that the machine has no instructions for
 COMPARED = (32, 8)  # rows whose logits are compared: thorough, quick
