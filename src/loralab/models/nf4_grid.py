@@ -31,41 +31,36 @@ def with_update(packed: NF4, A: Tensor, B: Tensor, scaling: float, seed: int) ->
         A, B: (R, I) and (O, R); I holds whole blocks.
         seed: of the thresholds.
     """
-    data, absmax = packed.data.flatten(), packed.scales()
-    moved = torch.empty_like(data)
-    A, B = A.float(), scaling * B.float()
-    width = A.shape[1]
-    for start in range(0, len(B), max(1, CHUNK // width)):
-        delta = (B[start : start + max(1, CHUNK // width)] @ A).flatten()
-        first, last = start * width, start * width + len(delta)
-        blocks, part = slice(first // NF4_BLOCK, last // NF4_BLOCK), slice(first // 2, last // 2)
-        moved[part] = move(data[part], absmax[blocks], delta, seed + first)
-    return packed.around(moved.view(packed.data.shape))
-
-
-def move(codes: Tensor, absmax: Tensor, delta: Tensor, seed: int) -> Tensor:
-    """Return the packed codes (N / 2) of some weights once `delta` (N) is added to them.
-
-    Args:
-        absmax: scales of their blocks, the first of which begins with the first weight.
-        seed: of the first weight's threshold; that of the others counts on from it.
-    """
+    A, B = A.float().contiguous(), scaling * B.float().contiguous()
+    codes, scales = packed.data.flatten(), packed.scales()
     native = kernels() if codes.device.type == "cpu" else None
-    if native is not None:
-        moved = torch.empty_like(codes)
-        native("nf4_moved", codes, absmax, delta, moved, len(delta), seed)
-        return moved
-    return _moved(codes, absmax, delta, seed)
+    if native is None:
+        return packed.around(_moved(codes, scales, A, B, seed).view(packed.data.shape))
+    found = torch.empty_like(codes)
+    native("nf4_moved", codes, scales, A, B, found, len(B), A.shape[1], len(A), seed)
+    return packed.around(found.view(packed.data.shape))
 
 
-def _moved(codes: Tensor, absmax: Tensor, delta: Tensor, seed: int) -> Tensor:
+def _moved(codes: Tensor, scales: Tensor, A: Tensor, B: Tensor, seed: int) -> Tensor:
+    """Return the codes (N / 2) as nf4.c moves them, a part of the rows at a time."""
+    moved, width = torch.empty_like(codes), A.shape[1]
+    for rows in torch.arange(len(B)).split(max(1, CHUNK // width)):
+        first, last = int(rows[0]) * width, (int(rows[-1]) + 1) * width
+        unit = (B[rows.to(B.device)] @ A).view(-1, NF4_BLOCK)
+        scale = scales[first // NF4_BLOCK : last // NF4_BLOCK, None]
+        unit = torch.where(scale == 0, 0.0, unit / scale).flatten()
+        part = slice(first // 2, last // 2)
+        moved[part] = _rounded(codes[part], unit, thresholds(last - first, seed + first, codes.device))
+    return moved
+
+
+def _rounded(codes: Tensor, unit: Tensor, threshold: Tensor) -> Tensor:
+    """Return the packed codes of weights to which `unit` (N), in units of their scales, is added."""
     levels = torch.tensor(LEVELS, device=codes.device)
-    apart = torch.stack([codes >> 4, codes & 15], dim=1).flatten()
-    scale = absmax.repeat_interleave(NF4_BLOCK)
-    value = levels[apart.int()] + torch.where(scale == 0, 0.0, delta / scale)
+    value = levels[torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()] + unit
     below = (torch.bucketize(value, levels, right=True) - 1).clamp_(0, len(LEVELS) - 2)
     share = (value - levels[below]) / (levels[below + 1] - levels[below])
-    found = (below + (thresholds(len(delta), seed, codes.device) < share)).to(torch.uint8)
+    found = (below + (threshold < share)).to(torch.uint8)
     return found[::2] << 4 | found[1::2]
 
 
