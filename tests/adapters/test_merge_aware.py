@@ -10,7 +10,7 @@ from torch import nn
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import attach
 from loralab.adapters.linear import LinearWithLoRA
-from loralab.adapters.merge_aware import packed_layers, put_on_grid, seed_of, take_off_grid
+from loralab.adapters.merge_aware import packed_layers, put_on_grid, require_method, seed_of, suits_grid, take_off_grid
 from loralab.adapters.methods import IA3, AdaLoRA, LoRA
 from loralab.errors import ConfigError
 from loralab.models.nf4_grid import with_update
@@ -127,8 +127,10 @@ def test_most_of_an_update_is_in_the_codes() -> None:
 def test_what_cannot_is_refused(config: Any, code: str, field: str) -> None:
     _, adapter = adapted(config)
     with pytest.raises(ConfigError) as error:
+        require_method(config)
         put_on_grid(adapter)
     assert (error.value.code, error.value.field) == (code, field)
+    assert suits_grid(adapter) == (field == "dropout")  # which a merge has nothing to do with
 
 
 def test_a_base_that_is_not_packed_is_refused() -> None:

@@ -16,7 +16,7 @@ from loralab.adapters.merge_aware import packed_layers, put_on_grid
 from loralab.adapters.methods import LoRA
 from loralab.artefacts.certificate import verify
 from loralab.artefacts.merge import merge
-from loralab.errors import CertificateError
+from loralab.artefacts.verify import verify as verify_merge
 from loralab.models.kinds import CAUSAL
 from loralab.models.load import load
 from loralab.models.quantize import NF4, quantize
@@ -67,10 +67,14 @@ def test_another_merge_than_nf4_is_that_of_any_adapter(adapter: Any, tmp_path: P
     assert "merge_aware" not in read_json(tmp_path / "out" / RECORD)["training"]
 
 
-def test_an_adapter_that_was_not_trained_for_it_is_refused(adapter: Any, tmp_path: Path) -> None:
-    record = read_json(adapter[0] / RECORD)
+def test_an_adapter_that_was_not_trained_for_it_is_merged_so_too(adapter: Any, tmp_path: Path) -> None:
+    path, codes = adapter
+    record = read_json(path / RECORD)
     del record["training"]["merge_aware"]
-    (adapter[0] / RECORD).write_text(json.dumps(record))
-    with pytest.raises(CertificateError) as error:
-        merge(adapter[0], tmp_path / "out", quantize="nf4")
-    assert (error.value.code, error.value.field) == ("update_lost", "quantize")
+    (path / RECORD).write_text(json.dumps(record))
+    assert merge(path, tmp_path / "out", quantize="nf4").passed
+    stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(stored[f"{name}.weight"], own.data) for name, own in codes.items())
+    assert "merge_aware" not in read_json(tmp_path / "out" / RECORD)["training"]
+    report = verify_merge(tmp_path / "out", base=read_json(path / RECORD)["base"]["name"], adapter=path, logits=False)
+    assert report.passed, report.counts

@@ -101,9 +101,8 @@ def put_on_grid(adapter: Adapter) -> None:
     """Let the updates of packed layers act as they will once they are merged into NF4.
 
     Raises:
-        ConfigError: the method cannot, no adapted layer is packed in NF4, or blocks of one cross its rows.
+        ConfigError: no adapted layer is packed in NF4, or blocks of one cross its rows.
     """
-    require_method(adapter.config)
     layers = dict(packed_layers(adapter))
     if not layers:
         raise ConfigError(
@@ -122,6 +121,14 @@ def put_on_grid(adapter: Adapter) -> None:
     for path, layer in layers.items():
         layer.grid = Grid(seed_of(path))
         layer.cannot_share = NOT_SHARED
+
+
+def suits_grid(adapter: Adapter) -> bool:
+    """Return whether every update of a packed layer can be merged along the NF4 grid, and there is one."""
+    config = adapter.config
+    layers = [layer for _, layer in packed_layers(adapter)]
+    whole = all(layer.in_features % NF4_BLOCK == 0 and layer.magnitude is None for layer in layers)
+    return isinstance(config, LoRA) and bool(layers) and whole
 
 
 def take_off_grid(adapter: Adapter) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from loralab import atomic
 from loralab.adapters.folder import RECORD, write_json
-from loralab.adapters.merge_aware import put_on_grid
+from loralab.adapters.merge_aware import put_on_grid, suits_grid
 from loralab.adapters.model_folder import has_own_head
 from loralab.adapters.record import FORMAT
 from loralab.artefacts import requantize
@@ -66,12 +66,12 @@ def merge(
     base = live.base
     prompts = sample_of(live.stored.record, base)
     reference = reference_of(base.model, prompts, base.kind, base.tokenizer)
-    on_grid = packs and requantize.is_on_grid(live.stored.record)
+    on_grid = packs and suits_grid(live.adapter)
     if on_grid:
         put_on_grid(live.adapter)
     kept = requantize.retention(live.adapter) if packs else {}
     if not force:
-        requantize.require_retention(kept)
+        requantize.require_retention(kept, on_grid=on_grid)
     plain: Any = live.adapter.merge_and_detach()
     if not on_grid:
         dequantize(plain)

@@ -83,10 +83,10 @@ def _measured(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 
 def packed_again(adapter: Adapter, *, aware: bool) -> dict[str, float]:
-    """Merge into NF4 as `loralab merge` does; return what each layer keeps of its update.
+    """Merge into NF4 weights; return what each layer keeps of its update.
 
     Args:
-        aware: whether the adapter was trained for that.
+        aware: along the grid of the base, as the adapter was trained for; else to the nearest level.
     """
     if aware:
         put_on_grid(adapter)
