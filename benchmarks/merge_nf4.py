@@ -1,13 +1,14 @@
 """What is left of a training once its adapter is merged into 4 bits: QLoRA against --merge-aware nf4.
 
-SmolLM2-135M, LoRA r=8 on all linear layers, three seeds, each arm in a process of its own. The gain
+SmolLM2-135M, LoRA r=8 on all linear layers, three seeds, each in a process of its own. The gain
 kept is (loss of the NF4 base - loss of the merged NF4 model) / (loss of the NF4 base - loss of the
-QLoRA adapter beside it), on the same validation rows. Between them: the QLoRA adapter merged by
-rounding the full-precision base with its update, and by the thresholds that merge-aware training
-uses; that says what the training adds. Times are of steps in turn.
+QLoRA adapter beside it), on the same validation rows. Beside QLoRA merged to the nearest level, as
+before, it is merged to the nearest level from the full-precision base, and along the grid of its NF4
+base, as `loralab merge --quantize nf4` does: that says what the training adds. No way is calibrated
+on rows: without an update each of them gives the NF4 base. Times are of steps in turn.
 
     python benchmarks/merge_nf4.py [--data FILE] [--steps 40] [--rows 64] [--seeds 3] [--pairs 6]
-        [--parts gain speed] [--json FILE]
+        [--parts gain speed] [--at-once] [--json FILE]
 """
 
 import json
@@ -45,8 +46,8 @@ def losses(run: Any, rows: int, *, aware: bool) -> dict[str, float]:
     """Return the losses of one run's adapter: without it, beside the NF4 base, and merged in several ways."""
     import torch
 
-    from loralab.adapters.merge_aware import packed_layers, put_on_grid, take_off_grid
     from loralab.artefacts import requantize
+    from loralab.artefacts.merge_aware import packed_layers, put_on_grid, take_off_grid
     from loralab.models.load import load
     from loralab.models.quantize import NF4, QuantizedLinear
     from loralab.tasks.score import evaluate
@@ -83,22 +84,28 @@ def losses(run: Any, rows: int, *, aware: bool) -> dict[str, float]:
     return found
 
 
-def work(arm: str, data: str, steps: int, seed: int, rows: int) -> dict[str, Any]:
-    """In a process of its own: train and score."""
+def work(data: str, steps: int, seed: int, rows: int) -> dict[str, Any]:
+    """In a process of its own: train and score both arms."""
+    found = {}
     with tempfile.TemporaryDirectory() as place:
-        run = trained(arm, data, Path(place) / "run", steps, seed)
-        peak = run.peak_bytes
-        return {"peak": peak, **losses(run, rows, aware=arm == "merge-aware")}
-
-
-def asked(options: Any, data: str, arm: str, seed: int) -> dict[str, Any]:
-    """Return the answer of a fresh process."""
-    command = [sys.executable, __file__, "--worker", arm, "--data", data, "--seed", str(seed)]
-    command += ["--steps", str(options.steps), "--rows", str(options.rows)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"  {arm}, seed {seed}: {found}", file=sys.stderr)
+        for arm in ARMS:
+            run = trained(arm, data, Path(place) / arm, steps, seed)
+            found[arm] = losses(run, rows, aware=arm == "merge-aware")
+            print(f"  {arm}, seed {seed}: {found[arm]}", file=sys.stderr, flush=True)
     return found
+
+
+def asked(options: Any, data: str) -> list[dict[str, Any]]:
+    """Return the answers of a fresh process for each seed."""
+    command = [sys.executable, __file__, "--worker", "--data", data]
+    command += ["--steps", str(options.steps), "--rows", str(options.rows), "--seed"]
+    every = [[*command, str(seed)] for seed in range(options.seeds)]
+    if options.at_once:
+        started = [subprocess.Popen(own, stdout=subprocess.PIPE, text=True) for own in every]
+        texts = [process.communicate()[0] for process in started]
+    else:
+        texts = [subprocess.run(own, stdout=subprocess.PIPE, text=True, check=True).stdout for own in every]
+    return [json.loads(text.splitlines()[-1]) for text in texts]
 
 
 def gains(qlora: dict[str, float], aware: dict[str, float]) -> dict[str, float]:
@@ -120,13 +127,11 @@ NAMES = {
 
 def gained(options: Any, data: str) -> tuple[list[list[str]], dict[str, Any]]:
     """Return the table and the figures of the gain kept."""
-    runs = [{arm: asked(options, data, arm, seed) for arm in ARMS} for seed in range(options.seeds)]
+    runs = asked(options, data)
     each = [gains(run["QLoRA"], run["merge-aware"]) for run in runs]
     means = {name: sum(own[name] for own in each) / len(each) for name in NAMES}
     rows = [[text, f"{means[name]:.2f}", " ".join(f"{own[name]:.2f}" for own in each)] for name, text in NAMES.items()]
-    peaks = ratios(*([run[arm]["peak"] for run in runs] for arm in reversed(ARMS)))
-    rows.append(["peak memory, merge-aware : QLoRA", shown(peaks), ""])
-    return rows, {"runs": runs, "gain_kept": {"each": each, "mean": means}, "peak_ratio": peaks}
+    return rows, {"runs": runs, "gain_kept": {"each": each, "mean": means}}
 
 
 def timed(options: Any, data: str) -> tuple[list[list[str]], dict[str, Any]]:
@@ -136,7 +141,10 @@ def timed(options: Any, data: str) -> tuple[list[list[str]], dict[str, Any]]:
     seconds = {arm: [own["seconds"] for own in figures] for arm, figures in found.items()}
     ratio = ratios(seconds["merge-aware"], seconds["QLoRA"])
     peaks = {arm: max(own["peak"] for own in figures) for arm, figures in found.items()}
-    rows = [["time of a step, merge-aware : QLoRA", shown(ratio), ""]]
+    rows = [
+        ["time of a step, merge-aware : QLoRA", shown(ratio), ""],
+        ["peak memory, merge-aware : QLoRA", f"{peaks['merge-aware'] / peaks['QLoRA']:.2f}", ""],
+    ]
     figures = {"seconds": {arm: spread(own) for arm, own in seconds.items()}, "ratio": ratio, "peak": peaks}
     return rows, {"steps": figures}
 
@@ -149,12 +157,13 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--pairs", type=int, default=6)
     options.add_argument("--parts", nargs="+", choices=["gain", "speed"], default=["gain", "speed"])
-    options.add_argument("--worker", help="(internal)")
+    options.add_argument("--at-once", action="store_true", help="train the seeds side by side")
+    options.add_argument("--worker", action="store_true", help="(internal)")
     options.add_argument("--side", help="(internal)")
     options.add_argument("--seed", type=int, default=0, help="(internal)")
     chosen = options.parse_args()
     if chosen.worker:
-        print(json.dumps(work(chosen.worker, chosen.data, chosen.steps, chosen.seed, chosen.rows)))
+        print(json.dumps(work(chosen.data, chosen.steps, chosen.seed, chosen.rows)))
         return
     if chosen.side:
         with tempfile.TemporaryDirectory() as place:

@@ -8,9 +8,9 @@ import pytest
 from tiny import llama
 
 from loralab.adapters.folder import RECORD, TENSORS, read_json
-from loralab.adapters.merge_aware import put_on_grid
 from loralab.adapters.methods import IA3, AdaLoRA, Bottleneck, LoRA, Prefix
 from loralab.artefacts.loaded_adapter import load_with_base
+from loralab.artefacts.merge_aware import put_on_grid
 from loralab.errors import ConfigError
 from loralab.tasks.score import evaluate as score
 from loralab.training.evaluation import evaluate

@@ -67,7 +67,7 @@ class LinearWithLoRA(Wrapper):
             self.register_load_state_dict_post_hook(_measure_again)
             self.magnitude = nn.Parameter(self.row_norm())
         self._ratio: tuple[Tensor, _State] | None = None  # kept while its tensors stay
-        self.grid: Any = None  # of merge_aware.py, while the update acts as it will once it is merged
+        self.grid: Any = None  # of artefacts/merge_aware.py, while the update acts as it will once it is merged
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., I) -> (..., O)."""

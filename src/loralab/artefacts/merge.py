@@ -11,13 +11,13 @@ from typing import Any
 
 from loralab import atomic
 from loralab.adapters.folder import RECORD, write_json
-from loralab.adapters.merge_aware import put_on_grid, suits_grid
 from loralab.adapters.model_folder import has_own_head
 from loralab.adapters.record import FORMAT
 from loralab.artefacts import requantize
 from loralab.artefacts.certificate import compare_afresh, file_digests
 from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.loaded_adapter import LoadedAdapter, load_with_base, sample_of
+from loralab.artefacts.merge_aware import put_on_grid, suits_grid
 from loralab.errors import CertificateError, ConfigError
 from loralab.models import processors
 from loralab.models.quantize import dequantize

@@ -14,10 +14,10 @@ import loralab
 from loralab import atomic
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import put_into
-from loralab.adapters.merge_aware import put_on_grid
 from loralab.adapters.methods import AnyMethod
 from loralab.adapters.paths import ends_with, inside
 from loralab.adapters.targets import HEADS
+from loralab.artefacts.merge_aware import put_on_grid
 from loralab.errors import ConfigError, OutputError, join_limited
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from loralab.adapters.merge_aware import require_method
 from loralab.adapters.methods import AnyMethod, LoRA
 from loralab.adapters.registry import spec_of
+from loralab.artefacts.merge_aware import require_method
 from loralab.errors import ConfigError
 from loralab.models.device import resolve_precision
 from loralab.models.given import Given, given

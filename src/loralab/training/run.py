@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from loralab.adapters.adapter import Adapter
-from loralab.adapters.merge_aware import take_off_grid
 from loralab.adapters.methods import AnyMethod
 from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import Certificate, reference_of
+from loralab.artefacts.merge_aware import take_off_grid
 from loralab.artefacts.temporary_base import base_folder
 from loralab.models.device import device_here
 from loralab.models.given import restored_after

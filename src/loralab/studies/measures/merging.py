@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import compute_dtype, dense_weight, is_linear
-from loralab.adapters.merge_aware import put_on_grid
 from loralab.artefacts import requantize
 from loralab.artefacts.comparison import Certificate, compare, logits_of, reference_of
+from loralab.artefacts.merge_aware import put_on_grid
 from loralab.errors import ModelError
 from loralab.models.device import resolve_precision
 from loralab.models.quantize import dequantize
