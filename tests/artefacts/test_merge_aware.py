@@ -11,9 +11,16 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.attach import attach
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import IA3, AdaLoRA, LoRA
-from loralab.artefacts.merge_aware import packed_layers, put_on_grid, require_method, seed_of, suits_grid, take_off_grid
+from loralab.artefacts.merge_aware import (
+    packed_layers,
+    put_on_grid,
+    require_method,
+    seed_of,
+    suits_grid,
+    take_off_grid,
+    with_update,
+)
 from loralab.errors import ConfigError
-from loralab.models.nf4_grid import with_update
 from loralab.models.quantize import NF4, QuantizedLinear, quantize
 
 pytest.importorskip("bitsandbytes")

@@ -1,6 +1,6 @@
 """A low-rank update that acts as it will once it is merged into an NF4 weight.
 
-The layer computes with Q(W0 + (alpha / r) B A), Q the grid of models/nf4_grid.py. Over its thresholds
+The layer computes with Q(W0 + (alpha / r) B A), Q the grid of adapters/nf4_grid.py. Over its thresholds
 the mean of Q(W) is W, so the gradient of the mean is that of W itself: the straight-through gradient
 (Bengio et al. 2013, arXiv:1308.3432) without its usual bias. The factors change once a step, and so
 do the codes. Axes: N tokens, I in_features, O out_features, R rank.
@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.methods import LoRA
+from loralab.adapters.nf4_grid import moved
 from loralab.adapters.skinny import as_read, down, outer
 from loralab.errors import ConfigError
-from loralab.models.nf4_grid import with_update
 from loralab.models.quantize import NF4, NF4_BLOCK, QuantizedLinear
 
 FIELD = "merge_aware"
@@ -49,7 +49,7 @@ class Grid:
             of = (layer.lora_A.detach(), layer.lora_B.detach(), layer.base.weight)
             if self._packed is None or not all(map(_same, of, self._of)):
                 A, B, scaling = layer.factors()
-                self._packed = with_update(layer.base.packed, A.detach(), B.detach(), scaling, self.seed)
+                self._packed = with_update(layer.base.packed, A, B, scaling, self.seed)
                 self._of = of[0].clone(), of[1].clone(), of[2]
             return self._packed
 
@@ -70,6 +70,18 @@ class Grid:
         """Map x (..., I) to (..., O)."""
         y: Tensor = _OnGrid.apply(x, *layer.factors(), self.packed(layer))
         return y if layer.base.bias is None else y + layer.base.bias.to(y.dtype)
+
+
+def with_update(packed: NF4, A: Tensor, B: Tensor, scaling: float, seed: int) -> NF4:
+    """Return W0 + scaling B A on the grid of W0, with the scales of W0.
+
+    Args:
+        A, B: (R, I) and (O, R); I holds whole blocks.
+        seed: of the thresholds.
+    """
+    A, B = A.detach().float().contiguous(), scaling * B.detach().float().contiguous()
+    codes = moved(packed.data.flatten(), packed.scales(), A, B, seed)
+    return packed.around(codes.view(packed.data.shape))
 
 
 class _OnGrid(torch.autograd.Function):

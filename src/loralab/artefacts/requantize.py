@@ -1,7 +1,7 @@
 """A merged model in 4 bits again, if the update survives it.
 
 A step of the 4-bit grid is far larger than most updates: rounding W + D to it can give back W.
-LoRA on an NF4 base moves along the grid of that base instead (models/nf4_grid.py); of all others the
+LoRA on an NF4 base moves along the grid of that base instead (adapters/nf4_grid.py); of all others the
 retained part of every layer's update is measured first (models/quantize.py).
 """
 

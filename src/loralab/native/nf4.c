@@ -1,4 +1,4 @@
-/* NF4 codes of W0 + B A from those of W0: models/nf4_grid.py has the same mathematics in torch. */
+/* NF4 codes of W0 + B A from those of W0: adapters/nf4_grid.py has the same mathematics in torch. */
 #include <stdint.h>
 #include <string.h>
 

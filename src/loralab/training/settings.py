@@ -126,7 +126,7 @@ class Training:
 
     def _check_merge(self) -> None:
         """Check what the base must be for a merge that is trained for, and pack it so."""
-        check_choice("merge_aware", self.merge_aware, MERGE_AWARE)
+        check_choice("merge_aware", str(self.merge_aware), MERGE_AWARE)
         if self.quantize == "gguf":
             raise ConfigError(
                 "merge_aware nf4 needs a base in NF4, not in the blocks of a GGUF file; leave --quantize out",

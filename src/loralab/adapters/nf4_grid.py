@@ -11,9 +11,9 @@ Axes: O out_features, I in_features, R rank; N weights.
 import torch
 from torch import Tensor
 
-from loralab.models.quantize import NF4, NF4_BLOCK
 from loralab.native.library import kernels
 
+NF4_BLOCK = 64  # weights that share a scale
 CHUNK = 2**20  # weights whose update exists at a time
 LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -24,34 +24,32 @@ LEVELS = (
 
 
 @torch.no_grad()
-def with_update(packed: NF4, A: Tensor, B: Tensor, scaling: float, seed: int) -> NF4:
-    """Return W0 + scaling B A on the grid of W0, with the scales of W0.
+def moved(codes: Tensor, scales: Tensor, A: Tensor, B: Tensor, seed: int) -> Tensor:
+    """Return the packed codes (N / 2) of W0 + B A from those of W0 (O, I), whose scales are (N / 64).
 
     Args:
-        A, B: (R, I) and (O, R); I holds whole blocks.
+        A, B: in fp32, (R, I) and (O, R) with the factor of the update in it; I holds whole blocks.
         seed: of the thresholds.
     """
-    A, B = A.float().contiguous(), scaling * B.float().contiguous()
-    codes, scales = packed.data.flatten(), packed.scales()
     native = kernels() if codes.device.type == "cpu" else None
     if native is None:
-        return packed.around(_moved(codes, scales, A, B, seed).view(packed.data.shape))
+        return _moved(codes, scales, A, B, seed)
     found = torch.empty_like(codes)
     native("nf4_moved", codes, scales, A, B, found, len(B), A.shape[1], len(A), seed)
-    return packed.around(found.view(packed.data.shape))
+    return found
 
 
 def _moved(codes: Tensor, scales: Tensor, A: Tensor, B: Tensor, seed: int) -> Tensor:
     """Return the codes (N / 2) as nf4.c moves them, a part of the rows at a time."""
-    moved, width = torch.empty_like(codes), A.shape[1]
+    found, width = torch.empty_like(codes), A.shape[1]
     for rows in torch.arange(len(B)).split(max(1, CHUNK // width)):
         first, last = int(rows[0]) * width, (int(rows[-1]) + 1) * width
         unit = (B[rows.to(B.device)] @ A).view(-1, NF4_BLOCK)
         scale = scales[first // NF4_BLOCK : last // NF4_BLOCK, None]
         unit = torch.where(scale == 0, 0.0, unit / scale).flatten()
         part = slice(first // 2, last // 2)
-        moved[part] = _rounded(codes[part], unit, thresholds(last - first, seed + first, codes.device))
-    return moved
+        found[part] = _rounded(codes[part], unit, thresholds(last - first, seed + first, codes.device))
+    return found
 
 
 def _rounded(codes: Tensor, unit: Tensor, threshold: Tensor) -> Tensor:

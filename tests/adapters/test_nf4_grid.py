@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loralab.models.nf4_grid import LEVELS, _moved, thresholds, with_update
+from loralab.adapters.nf4_grid import LEVELS, _moved, thresholds
+from loralab.artefacts.merge_aware import with_update
 from loralab.models.quantize import NF4
 from loralab.native.library import kernels
 
@@ -88,7 +89,7 @@ def test_rows_in_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.randint(0, 256, (40 * 32,), dtype=torch.uint8)
     own = codes, torch.rand(40), torch.randn(2, 64), 0.1 * torch.randn(40, 2), 1
     whole = _moved(*own)
-    monkeypatch.setattr("loralab.models.nf4_grid.CHUNK", 300)
+    monkeypatch.setattr("loralab.adapters.nf4_grid.CHUNK", 300)
     assert torch.equal(_moved(*own), whole)
 
 
