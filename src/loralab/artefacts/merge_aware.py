@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.linear import LinearWithLoRA
-from loralab.adapters.methods import LoRA
 from loralab.adapters.nf4_grid import moved
+from loralab.adapters.registry import spec_of
 from loralab.adapters.skinny import as_read, down, outer
 from loralab.errors import ConfigError
 from loralab.models.quantize import NF4, NF4_BLOCK, QuantizedLinear
@@ -137,10 +137,9 @@ def put_on_grid(adapter: Adapter) -> None:
 
 def suits_grid(adapter: Adapter) -> bool:
     """Return whether every update of a packed layer can be merged along the NF4 grid, and there is one."""
-    config = adapter.config
     layers = [layer for _, layer in packed_layers(adapter)]
     whole = all(layer.in_features % NF4_BLOCK == 0 and layer.magnitude is None for layer in layers)
-    return isinstance(config, LoRA) and bool(layers) and whole
+    return bool(layers) and whole
 
 
 def take_off_grid(adapter: Adapter) -> None:
@@ -163,7 +162,7 @@ def require_method(config: Any) -> None:
     Raises:
         ConfigError: another method than LoRA, DoRA, or dropout.
     """
-    if not isinstance(config, LoRA):
+    if not spec_of(config).has("token_rows"):  # LoRA alone has
         name = type(config).__name__
         raise ConfigError(
             f"merge_aware trains LoRA alone, not {name}; take --method lora", code="lora_only", field=FIELD
