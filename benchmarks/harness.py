@@ -1,12 +1,14 @@
 """lm-eval unchanged against `loralab serve`, beside lm-eval's own hf + peft: the same answers, and the time.
 
-Two multiple-choice tasks (YAML and JSONL, written here), SmolLM2-135M in fp32, LoRA r=8 on its seven
-projections. One server holds all adapters; the other side loads the model anew for each, as lm-eval does.
+Multiple-choice tasks (YAML and JSONL, written here), SmolLM2-135M in fp32, LoRA r=8 on its seven
+projections. The choices of two tasks are a token or two: lm-eval's hf then reads a question once for all of
+them. Those of the third are sentences, for each of which it reads the question again. One server holds all
+adapters; the other side loads the model anew for each, as lm-eval does.
 An answer is the choice with the largest log-likelihood. The clock runs from the first adapter to the
 last, the server's start included; importing lm-eval, the same on both sides, is not. Processor seconds are
 of whole processes, that import included.
 
-    python benchmarks/harness.py --python .venv-clients/bin/python [--rows 500] [--adapters 10] [--json FILE]
+    python benchmarks/harness.py --python PYTHON [--rows 500] [--adapters 10] [--tasks NAME ...] [--json FILE]
 """
 
 import json
@@ -79,14 +81,26 @@ def sums(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-TASKS = {"harness_kinds": kinds, "harness_sums": sums}
+def endings(count: int) -> list[dict[str, Any]]:
+    """Return small stories with four last sentences to choose from."""
+    draw = random.Random(2)
+    rows = []
+    for _ in range(count):
+        things = [draw.choice(words.split()) for words in WORDS.values()]
+        story = f"On the table lay {', '.join(things[:5])} and a letter from {things[5]}. Nobody had touched any of it."
+        choices = [f"In the end she took the {thing}, and went home without another word." for thing in things[:4]]
+        rows.append({"question": story, "choices": choices, "answer": draw.randrange(4)})
+    return rows
 
 
-def write_tasks(place: Path, rows: int) -> None:
+TASKS = {"harness_kinds": kinds, "harness_sums": sums, "harness_endings": endings}
+
+
+def write_tasks(place: Path, names: Sequence[str], rows: int) -> None:
     """Write each task as YAML, with its rows."""
-    for name, make in TASKS.items():
+    for name in names:
         file = place / f"{name}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in make(rows)), encoding="utf-8")
+        file.write_text("".join(json.dumps(row) + "\n" for row in TASKS[name](rows)), encoding="utf-8")
         (place / f"{name}.yaml").write_text(YAML.format(name=name, file=file), encoding="utf-8")
 
 
@@ -132,14 +146,15 @@ def main() -> None:
     options.add_argument("--python", default=sys.executable, help="the Python that has lm-eval")
     options.add_argument("--rows", type=int, default=500)
     options.add_argument("--adapters", type=int, default=10)
+    options.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "store").mkdir()
-        write_tasks(place, chosen.rows)
+        write_tasks(place, chosen.tasks, chosen.rows)
         adapters = {f"a{number}": str(place / "store" / f"a{number}") for number in range(chosen.adapters)}
         write_adapters(load(MODEL), [*map(Path, adapters.values())], rank=8)
-        asked = {"model": loralab.resolve(MODEL), "adapters": adapters, "tasks": [*TASKS], "rows": chosen.rows}
+        asked = {"model": loralab.resolve(MODEL), "adapters": adapters, "tasks": chosen.tasks, "rows": chosen.rows}
         asked["include"] = folder
         started, spent = time.perf_counter(), processor_seconds()
         with serving(MODEL, place / "store", "--precision", "fp32", "--resident", "16") as told:
@@ -153,6 +168,7 @@ def main() -> None:
     result = {
         "rows": chosen.rows,
         "adapters": chosen.adapters,
+        "tasks": chosen.tasks,
         "lm_eval": ours["lm_eval"],
         "seconds": seconds,
         "server_ready": ready,
@@ -161,7 +177,7 @@ def main() -> None:
         **found,
     }
     text = table(
-        f"lm-eval {ours['lm_eval']}, {chosen.adapters} adapters, two tasks of {chosen.rows} rows, fp32",
+        f"lm-eval {ours['lm_eval']}, {chosen.adapters} adapters, {' '.join(chosen.tasks)} of {chosen.rows} rows",
         (
             "same answers",
             "furthest log-likelihood",

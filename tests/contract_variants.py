@@ -11,6 +11,7 @@ VARIANTS: dict[str, Any] = {
     "dora": LoRA(dora=True),
     "rslora": LoRA(scaling="alpha/sqrt(r)"),
     "pissa": LoRA(init="pissa"),
+    "zero-a": LoRA(init="zero_a"),
     "pfeiffer": Bottleneck(placement="pfeiffer", layer_norm=True),
     "parallel": Bottleneck(placement="parallel", factor=4.0, activation="gelu"),
     "prefix-mlp": Prefix(tokens=5, mlp=True, mlp_width=16),

@@ -20,12 +20,21 @@ def test_shapes_and_dtype(name: str) -> None:
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(name: str) -> None:
     first, again, other = (INITS[name](W, 4, 2.0, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0], other[0])
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("name", ["kaiming", "gaussian", "orthogonal"])
 def test_b_is_zero_where_step_0_must_be_the_base(name: str) -> None:
     assert not INITS[name](W, 4, 2.0, None)[1].any()
+
+
+def test_zero_a_is_kaiming_with_the_factors_exchanged() -> None:
+    A, B = INITS["zero_a"](W, 4, 2.0, torch.Generator().manual_seed(5))
+    exchanged, zero = INITS["kaiming"](torch.empty(16, 4), 10, 2.0, torch.Generator().manual_seed(5))
+    assert torch.equal(B, exchanged)
+    assert not A.any()
+    assert not zero.any()
+    assert float(B.abs().max()) <= 1 / 4**0.5
 
 
 def test_kaiming_fills_the_interval_of_one_over_the_root_of_inputs() -> None:

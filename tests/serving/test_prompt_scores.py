@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loralab.serving.blocks import BLOCK_SIZE, BlockManager, block_hashes
+from loralab.serving.blocks import BLOCK_SIZE, MIN_COPIED, BlockManager, chained_hashes
 from loralab.serving.prompt_scores import MAX_ALTERNATIVES, PromptScores
 from loralab.serving.request import Sampling
 from loralab.serving.sampling import judge
@@ -18,6 +18,7 @@ from loralab.serving.text_engine import TextEngine
 Open = Callable[..., TextEngine]
 CONTEXT = [5 + number % 7 for number in range(2 * BLOCK_SIZE + 5)]
 ENDINGS = [[3], [4], [5, 6], [7, 8, 9]]
+SHARED = len(CONTEXT) - 1  # the last place tells of the token behind it, which is another one each time
 
 
 def echo(alternatives: int = 1, new: int = 1) -> Sampling:
@@ -41,27 +42,32 @@ def test_a_beginning_is_scored_once_and_told_the_same(opened: Open, adapter: str
                 if a.logprob is not None:
                     assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
     assert alone[0].finished.cached_tokens == 0
-    assert min(sorted(one.finished.cached_tokens for one in together)[1:]) >= BLOCK_SIZE
-    assert min(one.finished.cached_tokens for one in again) >= BLOCK_SIZE
+    assert min(sorted(one.finished.cached_tokens for one in together)[1:]) == SHARED
+    assert min(one.finished.cached_tokens for one in again) >= SHARED
 
 
 def test_more_alternatives_than_were_kept_are_computed(opened: Open) -> None:
     engine = opened()
-    for alternatives, cached in ((1, 0), (1, 2 * BLOCK_SIZE), (2, 0), (1, 2 * BLOCK_SIZE), (0, 2 * BLOCK_SIZE)):
+    for alternatives, cached in ((1, 0), (1, SHARED), (2, 0), (1, SHARED), (0, SHARED)):
         done = engine.generate([CONTEXT], adapters=["lora"], sampling=echo(alternatives))[0]
         assert done.finished.cached_tokens == cached
         assert all(len(one.top) == alternatives for one in done.logprobs[1:])
 
 
-def test_whole_blocks_are_kept_with_the_token_behind_them() -> None:
-    scores, names = PromptScores(), block_hashes("", CONTEXT)
-    places = [(-1.0, [(1, -1.0)] * 9)] * len(CONTEXT)
-    scores.keep(names, CONTEXT, places[: BLOCK_SIZE - 1], MAX_ALTERNATIVES)
-    assert scores.known(names, CONTEXT, 0) == []  # no whole block
-    scores.keep(names, CONTEXT, places, MAX_ALTERNATIVES)
-    assert scores.known(names, CONTEXT, 2) == [(-1.0, [(1, -1.0)] * 2)] * (2 * BLOCK_SIZE)
-    other = [*CONTEXT[: 2 * BLOCK_SIZE], 99]  # another token behind the second block
-    assert len(scores.known(names, other, 1)) == BLOCK_SIZE
+@given(
+    st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=50), min_size=1, max_size=5),
+    st.lists(st.integers(0, 1), min_size=1, max_size=50),
+)
+def test_what_is_known_of_a_place_was_told_of_the_same_tokens(kept: list[list[int]], asked: list[int]) -> None:
+    scores = PromptScores()
+    for tokens in kept:
+        told = [(hash(tuple(tokens[: place + 2])), [(1, -1.0)] * 3) for place in range(len(tokens) - 1)]
+        scores.keep(chained_hashes("", tokens), tokens, told, MAX_ALTERNATIVES)
+    found = scores.known(chained_hashes("", asked[:-1]), asked, 2)
+    assert found == [(hash(tuple(asked[: place + 2])), [(1, -1.0)] * 2) for place in range(len(found))]
+    assert scores.known(chained_hashes("", asked[:-1]), asked, MAX_ALTERNATIVES + 1) == []
+    if asked in kept and len(asked) >= MIN_COPIED and len(asked) % BLOCK_SIZE not in range(2, MIN_COPIED):
+        assert len(found) == len(asked) - 1
 
 
 @pytest.mark.parametrize("alternatives", [1, MAX_ALTERNATIVES, MAX_ALTERNATIVES + 1])
@@ -72,13 +78,13 @@ def test_many_alternatives_are_not_kept_and_nobody_waits_for_them(opened: Open, 
     done = engine.generate(prompts, adapters=["lora"] * len(prompts), sampling=echo(alternatives, new=0))
     kept = alternatives <= MAX_ALTERNATIVES
     assert sum(event["kind"] == "step" for event in events) == (2 if kept else 1)
-    assert [one.finished.cached_tokens for one in done] == [0, *3 * [2 * BLOCK_SIZE if kept else 0]]
+    assert [one.finished.cached_tokens for one in done] == [0, *3 * [SHARED if kept else 0]]
 
 
 def test_a_beginning_that_is_read_in_pieces_is_read_once(opened: Open) -> None:
     engine = opened(step_tokens=BLOCK_SIZE + 8)
     done = engine.generate([CONTEXT + ending for ending in ENDINGS], adapters=["lora"] * 4, sampling=echo())
-    assert [one.finished.cached_tokens for one in done] == [0, *3 * [2 * BLOCK_SIZE]]
+    assert [one.finished.cached_tokens for one in done] == [0, *3 * [SHARED]]
 
 
 def scored(number: int, tokens: list[int], alternatives: int = 1) -> TokenSequence:
@@ -86,14 +92,14 @@ def scored(number: int, tokens: list[int], alternatives: int = 1) -> TokenSequen
 
 
 def test_nobody_waits_for_who_tells_less() -> None:
-    plan = Scheduler(BlockManager(64), max_sequences=8, step_tokens=256)
+    plan = Scheduler(BlockManager(64), max_sequences=8, step_tokens=256, copy=lambda *asked: None)
     for row in (TokenSequence(number=0, key=None, tokens=[*CONTEXT, 1]), scored(1, CONTEXT), scored(2, CONTEXT, 2)):
         plan.add(row)
     assert {chunk.sequence.number for chunk in plan.plan()} == {0, 1, 2}
 
 
 def test_who_shares_a_beginning_waits_for_it_and_others_do_not() -> None:
-    plan = Scheduler(BlockManager(64), max_sequences=8, step_tokens=256)
+    plan = Scheduler(BlockManager(64), max_sequences=8, step_tokens=256, copy=lambda *asked: None)
     rows = [scored(number, CONTEXT + ending) for number, ending in enumerate(ENDINGS)]
     for row in [*rows, TokenSequence(number=9, key=None, tokens=list(CONTEXT)), scored(8, [1, 2, 3])]:
         plan.add(row)
@@ -106,7 +112,7 @@ def test_who_shares_a_beginning_waits_for_it_and_others_do_not() -> None:
         plan.keep_scores(chunk.sequence)
         plan.remove(chunk.sequence)
     second = plan.plan()
-    assert [(chunk.sequence.number, chunk.start) for chunk in second] == [(n, 2 * BLOCK_SIZE) for n in (1, 2, 3)]
+    assert [(chunk.sequence.number, chunk.start) for chunk in second] == [(n, SHARED) for n in (1, 2, 3)]
 
 
 @settings(deadline=None, max_examples=30)

@@ -8,9 +8,15 @@ from hypothesis import strategies as st
 from loralab.serving.blocks import BlockManager
 from loralab.serving.scheduler import Chunk, Scheduler, TokenSequence
 
+Copy = tuple[int, int, int]
 
-def scheduler(blocks: int = 64, rows: int = 8, tokens: int = 32, *, reuse: bool = True) -> Scheduler:
-    return Scheduler(BlockManager(blocks), max_sequences=rows, step_tokens=tokens, reuse=reuse)
+
+def scheduler(
+    blocks: int = 64, rows: int = 8, tokens: int = 32, *, reuse: bool = True, copies: list[Copy] | None = None
+) -> Scheduler:
+    noted = [] if copies is None else copies
+    copy = (lambda *asked: noted.append(asked)) if reuse else None
+    return Scheduler(BlockManager(blocks), max_sequences=rows, step_tokens=tokens, copy=copy)
 
 
 def row(number: int, length: int = 5, key: str | None = None) -> TokenSequence:
@@ -141,6 +147,48 @@ def test_all_rows_end_however_little_room_there_is(
                     plan.remove(work.sequence)
     assert done.keys() == want.keys()
     assert plan.blocks.num_free == blocks
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20), st.booleans()), min_size=2, max_size=10),
+    tokens=st.lists(st.integers(0, 1), min_size=60, max_size=60),
+    blocks=st.integers(6, 20),
+    budget=st.integers(5, 60),
+    seed=st.integers(0, 99),
+)
+def test_a_row_begins_with_nothing_but_its_own_beginning(
+    lengths: list[tuple[int, int, bool]], tokens: list[int], blocks: int, budget: int, seed: int
+) -> None:
+    """Endings of a few beginnings, in a memory whose places hold the tokens that led to them."""
+    copies: list[Copy] = []
+    plan, draw = scheduler(blocks, 4, budget, copies=copies), random.Random(seed)
+    memory: dict[tuple[int, int], tuple[int, ...]] = {}
+    for number, (start, end, scored) in enumerate(lengths):
+        own = TokenSequence(number=number, key=None, tokens=tokens[:start] + draw.choices((0, 1), k=end))
+        own.scored = start if scored else None
+        plan.add(own)
+    for _ in range(2000):
+        works = plan.plan()
+        for source, target, count in copies:  # made while planning
+            memory |= {(target, place): memory[source, place] for place in range(count)}
+        copies.clear()
+        for work in works:
+            own, held = work.sequence, work.sequence.blocks
+            for place in range(work.start):
+                assert memory[held[place // 16], place % 16] == tuple(own.tokens[: place + 1])
+            assert own.cached <= own.first_logit_position
+        for work in works:
+            for place in range(work.start, work.stop):
+                block = work.sequence.blocks[place // 16]
+                memory[block, place % 16] = tuple(work.sequence.tokens[: place + 1])
+            plan.advance(work)
+            if not work.sequence.left:
+                plan.remove(work.sequence)
+        if not works:
+            break
+    assert not plan.running
+    assert not plan.waiting
 
 
 def test_a_row_can_leave_while_it_waits() -> None:

@@ -71,6 +71,16 @@ def test_every_b_must_move_and_a_may_rest() -> None:
     learning.require_moved(adapter, start)
 
 
+def test_where_a_starts_at_zero_every_a_must_move_and_b_may_rest() -> None:
+    adapter = adapted(LoRA(rank=2, init="zero_a"))
+    start = learning.start_of(adapter)
+    assert code(lambda: learning.require_moved(adapter, start)) == "not_moved"
+    with torch.no_grad():
+        for module in adapter.modules.values():
+            module.lora_A.add_(1)
+    learning.require_moved(adapter, start)
+
+
 def test_some_weights_that_exist_already_may_be_idle_but_not_all() -> None:
     from tiny import bert
 

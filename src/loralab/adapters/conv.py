@@ -5,13 +5,13 @@ the product B A of (O, R) and (R, I / G * K), in the shape of the weight: it can
 whatever the groups. Without groups, A is a convolution with the base's kernel and B one of 1 x 1.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loralab.adapters.init import INITS
 from loralab.adapters.methods import LoRA
 from loralab.adapters.wrapper import Wrapper, to_wide
 from loralab.errors import ConfigError
@@ -37,11 +37,10 @@ class ConvWithLoRA(Wrapper):
         self._convolve = next(f for kind, f in _CONVOLVE.items() if isinstance(base, kind))
         weight: Tensor = self.base.weight  # (O, I / G, *kernel)
         ones = (1,) * (weight.ndim - 2)
-        A = torch.empty(config.rank, *weight.shape[1:])
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        B = torch.zeros(weight.shape[0], config.rank, *ones)
-        self.lora_A = nn.Parameter(A.to(weight.device))
-        self.lora_B = nn.Parameter(B.to(weight.device))
+        matrix = torch.empty(weight.shape, device="meta").flatten(1)  # starts read nothing but the shape
+        A, B = INITS[config.init](matrix, config.rank, config.factor, generator)
+        self.lora_A = nn.Parameter(A.view(-1, *weight.shape[1:]).to(weight.device))
+        self.lora_B = nn.Parameter(B.view(*B.shape, *ones).to(weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (N, I, *size) -> (N, O, *size out)."""

@@ -1,7 +1,8 @@
 """Initial factors of a low-rank update.
 
 Sources: Kaiming with a = sqrt(5) is what the LoRA paper's code does, Gaussian what its text
-says (arXiv:2106.09685, section 4.1); PiSSA is arXiv:2404.02948, equations 2 to 4.
+says (arXiv:2106.09685, section 4.1); A = 0 is Init[B] of arXiv:2406.08447 and arXiv:2602.06204,
+where A = 0 and B = 0 are called Init[B] and Init[A]; PiSSA is arXiv:2404.02948, equations 2 to 4.
 Axes: I in_features, O out_features, R rank. Everything is fp32 and drawn on the CPU, so that a
 seed gives the same numbers on every device.
 """
@@ -36,6 +37,12 @@ def orthogonal(weight: Tensor, rank: int, factor: float, generator: torch.Genera
     return nn.init.orthogonal_(a, generator=generator), b
 
 
+def zero_a(weight: Tensor, rank: int, factor: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Return a zero, B uniform in +-1/sqrt(R): step 0 is the base model, and A moves first."""
+    a, b = _zeros(weight, rank)
+    return a, nn.init.kaiming_uniform_(b, a=math.sqrt(5), generator=generator)
+
+
 def b_kaiming(weight: Tensor, rank: int, factor: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Return both factors Kaiming-initialised: step 0 is *not* the base model. For the experiment, not for use."""
     a, b = kaiming(weight, rank, factor, generator)
@@ -56,6 +63,7 @@ INITS: dict[str, Start] = {
     "kaiming": kaiming,
     "gaussian": gaussian,
     "orthogonal": orthogonal,
+    "zero_a": zero_a,
     "b_kaiming": b_kaiming,
     "pissa": pissa,
 }

@@ -38,9 +38,7 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapte
     before = adapters.current
     try:
         with adapters.standing(None):
-            stored = for_model(inner, without_shells(read(path), inner))
-            _make_room(inner, stored)
-            config = present_in(inner, stored)
+            stored, config = fitted(inner, read(path))
         adapter = put_into(model, config, name=name)
     except (TargetError, ConfigError) as error:
         text = f"{path} does not fit {type(inner).__name__}: {error}"
@@ -53,6 +51,16 @@ def load(model: nn.Module, path: str | Path, *, name: str = "default") -> Adapte
         adapters.switch(before)
         raise
     return adapter
+
+
+def fitted(model: nn.Module, stored: AdapterFolder) -> tuple[AdapterFolder, Any]:
+    """Return a folder's tensors as a model has them, and the configuration that it is attached with.
+
+    The embedding grows for trained rows of tokens that the model does not have.
+    """
+    stored = for_model(model, without_shells(stored, model))
+    _make_room(model, stored)
+    return stored, present_in(model, stored)
 
 
 def _make_room(model: Any, stored: AdapterFolder) -> None:

@@ -13,7 +13,7 @@ from loralab.adapters.expressions import check_expression, matches
 from loralab.errors import ConfigError, format_value
 from loralab.values import check_choice, check_count
 
-INITS = ("kaiming", "gaussian", "orthogonal", "b_kaiming", "pissa")
+INITS = ("kaiming", "gaussian", "orthogonal", "zero_a", "b_kaiming", "pissa")
 SCALINGS = ("alpha/r", "alpha/sqrt(r)", "none")
 TOWERS = "towers"
 PRESETS = ("all-linear", "attention", "mlp", "experts", TOWERS)

@@ -4,7 +4,6 @@ It keeps q, k and v in one parameter and hands its output projection's weight to
 the updated weights are made first and the module is called with them. Axes: E width, R rank.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from loralab.adapters.init import INITS
 from loralab.adapters.linear import Rows, block_diagonal
 from loralab.adapters.methods import LoRA
 from loralab.adapters.wrapper import Wrapper, to_wide, without_autocast
@@ -53,11 +53,11 @@ class MultiheadAttentionWithLoRA(Wrapper):
         self.rank, self.scaling = config.rank, config.factor
         self.width = base.embed_dim
         self.parts = tuple(parts) or ((0, 3 * self.width),)
-        rows = sum(stop - start for start, stop in self.parts)
-        self.lora_A = self._drawn(len(self.parts), generator)
-        self.lora_B = self._zeros(rows)
-        self.out_A = self._drawn(1, generator) if out else None
-        self.out_B = self._zeros(self.width) if out else None
+        self.lora_A, self.lora_B = self._drawn([stop - start for start, stop in self.parts], config, generator)
+        self.out_A: nn.Parameter | None = None
+        self.out_B: nn.Parameter | None = None
+        if out:
+            self.out_A, self.out_B = self._drawn([self.width], config, generator)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return the base's output with the updated weights."""
@@ -114,11 +114,13 @@ class MultiheadAttentionWithLoRA(Wrapper):
             new[OUT] = to_wide(self.base.out_proj.weight) + update
         return new
 
-    def _drawn(self, parts: int, generator: torch.Generator | None) -> nn.Parameter:
-        blocks = [torch.empty(self.rank, self.width) for _ in range(parts)]
-        for block in blocks:
-            nn.init.kaiming_uniform_(block, a=math.sqrt(5), generator=generator)
-        return nn.Parameter(torch.cat(blocks).to(self.base.in_proj_weight.device))
-
-    def _zeros(self, rows: int) -> nn.Parameter:
-        return nn.Parameter(torch.zeros(rows, self.rank, device=self.base.in_proj_weight.device))
+    def _drawn(
+        self, rows: Sequence[int], config: LoRA, generator: torch.Generator | None
+    ) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return A and B of parts of so many rows, each with a start of its own."""
+        start = INITS[config.init]
+        shapes = [torch.empty(count, self.width, device="meta") for count in rows]  # nothing else is read
+        pairs = [start(shape, self.rank, self.scaling, generator) for shape in shapes]
+        A, B = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
+        device = self.base.in_proj_weight.device
+        return nn.Parameter(A.to(device)), nn.Parameter(B.to(device))

@@ -62,6 +62,10 @@ def _requested(given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"{name} must be a text, got {format_value(given[name])}", code="invalid_value", field=name
             )
+    if given.get("from_adapter") is not None:
+        from loralab.training.from_adapter import base_named, inherited
+
+        given = {"model": base_named(given["from_adapter"]) or DEFAULT_MODEL, **inherited(given)}
     spec, implied = method_named(str(given.get("method", "lora")))
     given = {**implied, **given}
     others = [other.config for other in specs().values() if other is not spec]

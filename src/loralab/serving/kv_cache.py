@@ -45,6 +45,11 @@ class KVCache:
         self.keys = torch.empty(shape, dtype=first.dtype, device=first.device)
         self.values = torch.empty(shape, dtype=first.dtype, device=first.device)
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Put the first places of a block into another one."""
+        for own in (self.keys, self.values):
+            own[:, target, :count] = own[:, source, :count]
+
     def write(self, request: Hashable, table: Sequence[int], places: Sequence[int], prefix_kv: Tensor) -> None:
         """Put some of a prefix's keys and values (L, 2, H, P, D) into their places."""
         block = torch.tensor([table[place // BLOCK_SIZE] for place in places])

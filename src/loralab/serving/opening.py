@@ -96,7 +96,7 @@ def engine_for(base: Base, store: Store, settings: ServeSettings) -> AnyEngine:
     context = min(context, count * BLOCK_SIZE)
     runner = ModelRunner(base.model, count)
     scheduler = Scheduler(
-        BlockManager(count), max_sequences=settings.max_batch, step_tokens=settings.step_tokens, reuse=runner.reuse
+        BlockManager(count), max_sequences=settings.max_batch, step_tokens=settings.step_tokens, copy=runner.copy
     )
     return TextEngine(base, store, settings, runner=runner, scheduler=scheduler, context=context)
 

@@ -6,10 +6,10 @@ cache; what is left of it is work. One token left is decoding, more is reading a
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from loralab.serving.blocks import BLOCK_SIZE, BlockManager, block_hashes, blocks_needed
+from loralab.serving.blocks import BLOCK_SIZE, MIN_COPIED, BlockManager, blocks_needed, chained_hashes
 from loralab.serving.prompt_scores import PromptScores
 from loralab.serving.request import Judged
 
@@ -30,7 +30,7 @@ class TokenSequence:
         continued: whether that of a next one is asked for beside what is scored.
         alternatives: to the scored tokens, while what is told of them is kept for others; else -1.
         judged: the tokens after the first places, as far as they were scored or known.
-        names: hashes of its full blocks that others may share.
+        chain: hashes of what stands before its blocks, as far as they are known.
     """
 
     number: int
@@ -43,7 +43,7 @@ class TokenSequence:
     blocks: list[int] = field(default_factory=list)
     alternatives: int = -1
     judged: list[Judged | None] = field(default_factory=list)
-    names: list[bytes] = field(default_factory=list)
+    chain: list[bytes] = field(default_factory=list)
 
     @property
     def left(self) -> int:
@@ -79,15 +79,23 @@ class Scheduler:
     Args:
         most_rows: that run at the same time.
         step_tokens: that go through the model in one step, decoding included.
-        reuse: whether beginnings that other sequences left in the cache may be used.
+        copy: copies the first places of a block (source, target, count) at once, so that beginnings which
+            other sequences left in the cache are used; None where they may not be.
     """
 
-    def __init__(self, blocks: BlockManager, *, max_sequences: int, step_tokens: int, reuse: bool = True) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_sequences: int,
+        step_tokens: int,
+        copy: Callable[[int, int, int], None] | None,
+    ) -> None:
         self.blocks = blocks
         self.running: list[TokenSequence] = []
         self.scores = PromptScores()
         self._max_sequences, self._step_tokens = max_sequences, step_tokens
-        self._reuse = reuse
+        self._copy = copy
         self._waiting: dict[str | None, deque[TokenSequence]] = {}
         self._spent: dict[str | None, float] = {}  # tokens that each adapter was given
         self._clock = 0.0  # what the one had that was last let in
@@ -138,11 +146,20 @@ class Scheduler:
         """Note that the model has computed a chunk."""
         chunk.sequence.done = chunk.stop
         self._spent[chunk.sequence.key] = self._spent.get(chunk.sequence.key, 0.0) + chunk.stop - chunk.start
-        if self._reuse:
-            root, tokens = chunk.sequence.key or "", chunk.sequence.tokens[: chunk.stop]
-            full = len(tokens) // BLOCK_SIZE
-            if full > chunk.start // BLOCK_SIZE:
-                self.blocks.register(root, tokens, chunk.sequence.blocks[:full])
+        if self._copy is not None:
+            self._register(chunk)
+
+    def _register(self, chunk: Chunk) -> None:
+        """Let others use the blocks that a chunk has filled, and the beginning of one when a prompt has been read."""
+        sequence, first, stop = chunk.sequence, chunk.start // BLOCK_SIZE, chunk.stop
+        if sequence.left or chunk.stop - chunk.start == 1:
+            stop -= stop % BLOCK_SIZE
+        if stop <= first * BLOCK_SIZE:
+            return
+        sequence.chain = chained_hashes(sequence.key or "", sequence.tokens[:stop], sequence.chain)
+        for number in range(first, blocks_needed(stop)):
+            own = sequence.tokens[number * BLOCK_SIZE : min(stop, (number + 1) * BLOCK_SIZE)]
+            self.blocks.register(sequence.chain[number], own, sequence.blocks[number])
 
     def _wait(self, sequence: TokenSequence) -> "deque[TokenSequence]":
         if sequence.key not in self._waiting:
@@ -156,7 +173,7 @@ class Scheduler:
     def keep_scores(self, sequence: TokenSequence) -> None:
         """Keep what a sequence has told of its tokens so far."""
         if sequence.alternatives >= 0:
-            self.scores.keep(sequence.names, sequence.tokens, sequence.judged, sequence.alternatives)
+            self.scores.keep(sequence.chain, sequence.tokens, sequence.judged, sequence.alternatives)
             sequence.alternatives = -1 if sequence.scored is None else sequence.alternatives
 
     def _admitted(self, later: list[TokenSequence]) -> Iterator[TokenSequence]:
@@ -171,35 +188,55 @@ class Scheduler:
             self._clock = max(self._clock, self._spent.get(key, 0.0))
             sequence = self._waiting[key].popleft()
             self._tidy(key)
-            if self._reuse and not sequence.done:
-                self._match(sequence)
-                if sequence.scored is not None and self._is_being_read(sequence):
-                    self._reset(sequence)
-                    later.append(sequence)
-                    continue
+            if self._copy is not None and not sequence.done and not self._match(sequence):
+                self._reset(sequence)
+                later.append(sequence)
+                continue
             self._spent[key] = self._spent.get(key, 0.0) + 1
             yield sequence
 
-    def _match(self, sequence: TokenSequence) -> None:
-        """Begin a sequence with the blocks that others left, as far as no logits of them are wanted."""
-        root, until = sequence.key or "", sequence.first_logit_position
-        if sequence.alternatives < 0:
-            sequence.names = block_hashes(root, sequence.tokens[:until])
-        else:
-            sequence.names = block_hashes(root, sequence.tokens[:-1])
-            sequence.judged = self.scores.known(sequence.names, sequence.tokens, sequence.alternatives)
-            until = max(until, len(sequence.judged))
-        sequence.blocks = self.blocks.match(root, sequence.tokens[:until])
-        sequence.done = sequence.cached = len(sequence.blocks) * BLOCK_SIZE
+    def _match(self, sequence: TokenSequence) -> bool:
+        """Begin a sequence with what others left, as far as no logits of it are wanted.
+
+        Returns False, for what is scored, if more of it is just being read for another one.
+        """
+        until, latest = sequence.first_logit_position, len(sequence.tokens) - 1
+        sequence.chain = chained_hashes(sequence.key or "", sequence.tokens[:latest])
+        if sequence.alternatives >= 0:
+            sequence.judged = self.scores.known(sequence.chain, sequence.tokens, sequence.alternatives)
+            until = max(until, min(len(sequence.judged), latest))
+        sequence.blocks = self.blocks.match(sequence.chain, sequence.tokens[:until])
+        whole = len(sequence.blocks) * BLOCK_SIZE
+        source, count = self.blocks.begun(sequence.chain[len(sequence.blocks)], sequence.tokens[whole:until])
+        sequence.done = whole + count
+        if sequence.scored is not None and self._is_being_read(sequence):
+            return False
+        if count:
+            self._begin_with_copy(sequence, source, count)
+        sequence.cached = sequence.done
         del sequence.judged[sequence.done :]
+        return True
+
+    def _begin_with_copy(self, sequence: TokenSequence, source: int, count: int) -> None:
+        target = self.blocks.allocate_copy(source)
+        if target is None or self._copy is None:
+            sequence.done -= count
+            return
+        self._copy(source, target, count)
+        sequence.blocks.append(target)
 
     def _is_being_read(self, sequence: TokenSequence) -> bool:
-        """Return whether the first block that a sequence lacks is on its way for another one that tells as much."""
-        missing = sequence.names[len(sequence.blocks) : len(sequence.blocks) + 1]
-        return bool(missing) and any(
+        """Return whether more of a sequence's beginning is on its way for another one that tells as much."""
+        judges = sequence.alternatives >= 0
+        stop = sequence.done + MIN_COPIED
+        if stop > (len(sequence.tokens) - 1 if judges else sequence.first_logit_position):
+            return False
+        wanted = sequence.tokens[: stop + judges]  # what a place tells is that of the token behind it
+        return any(
             other.left > 1
+            and other.key == sequence.key
             and other.alternatives >= sequence.alternatives
-            and missing[0] in other.names[other.done // BLOCK_SIZE :]
+            and other.tokens[: len(wanted)] == wanted
             for other in self.running
         )
 

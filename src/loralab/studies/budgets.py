@@ -14,7 +14,7 @@ from loralab.adapters.linear import LinearWithLoRA
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.fields import configured
-from loralab.training.preflight import with_head
+from loralab.training.attached import with_head
 from loralab.values import check_choice
 
 Fields = Mapping[str, Any]

@@ -21,6 +21,10 @@ def configured(flat: Mapping[str, Any]) -> tuple[AnyMethod, Training]:
     Raises:
         ConfigError: a field is unknown, is none of this method's, or has a wrong value.
     """
+    if flat.get("from_adapter") is not None:
+        from loralab.training.from_adapter import inherited
+
+        flat = inherited(flat)
     spec, implied = method_named(str(flat.get("method", "lora")))
     kind, values = spec.config, {**implied, **flat}
     require_known(values)

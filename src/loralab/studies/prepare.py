@@ -15,7 +15,8 @@ from loralab.studies.trained import rows_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import encode
 from loralab.tasks.score import evaluate
-from loralab.training.preflight import load_base, with_head
+from loralab.training.attached import with_head
+from loralab.training.preflight import load_base
 from loralab.training.run_facts import RunFacts, facts_of
 
 

@@ -15,8 +15,7 @@ from loralab.adapters.towers import tower_of
 from loralab.errors import AdapterStateError, LearningError, join_limited
 
 FIRST_LOOK, SECOND_LOOK = 1, 3  # steps after which gradients, and then weights, are checked
-# a random A has no gradient before B has moved; lambda can be pruned; a token's row waits for it
-NO_EARLY_GRADIENT = (".lora_A", ".out_A", ".lora_E", ".trainable_tokens_delta")
+NO_EARLY_GRADIENT = (".lora_E", ".trainable_tokens_delta")  # lambda can be pruned; a token's row waits for it
 
 
 def require_trainable(adapter: Adapter, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -100,7 +99,7 @@ def start_of(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def require_moved(adapter: Adapter, started: Mapping[str, Tensor]) -> None:
-    """Refuse a run where after some steps a B, or a module trained in full, is still at its start.
+    """Refuse a run where after some steps a factor that learns first, or a module trained in full, is at its start.
 
     Raises:
         LearningError: names the tensors that do not.
@@ -108,7 +107,7 @@ def require_moved(adapter: Adapter, started: Mapping[str, Tensor]) -> None:
     still = [
         name
         for name, parameter in trained(adapter).items()
-        if not name.endswith(NO_EARLY_GRADIENT) and torch.equal(parameter, started[name])
+        if not _may_rest(name, started) and torch.equal(parameter, started[name])
     ]
     if still and not _may_miss(adapter, still):
         raise LearningError(
@@ -124,6 +123,15 @@ def trained(adapter: Adapter) -> dict[str, nn.Parameter]:
 def is_finite(tensor: Tensor) -> bool:
     """Return whether all numbers are finite."""
     return bool(tensor.isfinite().all())
+
+
+def _may_rest(name: str, started: Mapping[str, Tensor]) -> bool:
+    """Return whether a tensor may be still after some steps: of A and B the one whose partner starts at zero."""
+    path, _, end = name.rpartition(".")
+    if end in ("lora_A", "out_A", "lora_B", "out_B"):
+        first = started.get(f"{path}.{end[:-1]}A")
+        return end.endswith("B") == (first is not None and not first.any())
+    return name.endswith(NO_EARLY_GRADIENT)
 
 
 def _may_miss(adapter: Adapter, names: Sequence[str]) -> bool:

@@ -2,29 +2,22 @@
 
 import importlib.metadata
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 import loralab
 from loralab import atomic
 from loralab.adapters.adapter import Adapter
-from loralab.adapters.attach import put_into
-from loralab.adapters.methods import AnyMethod
-from loralab.adapters.paths import ends_with, inside
-from loralab.adapters.targets import HEADS
-from loralab.artefacts.merge_aware import put_on_grid
+from loralab.artefacts.merge_aware import put_on_grid, require_method
 from loralab.errors import ConfigError, OutputError, join_limited
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.template_values import with_template_values
-from loralab.models.tokens import add_tokens
 from loralab.tasks import catalog, encode
 from loralab.tasks.batches import Batches
 from loralab.tasks.catalog import Task, content_digest
@@ -34,6 +27,7 @@ from loralab.tasks.kinds.registry import kind_named
 from loralab.tasks.samples import sample_inputs
 from loralab.tasks.scorable import scorable
 from loralab.training import checkpoint, memory
+from loralab.training.attached import attached
 from loralab.training.fast.forward_path import ForwardPath, fastest_path
 from loralab.training.fit import fit_to_budget
 from loralab.training.objects import base_for, detached_after
@@ -115,9 +109,13 @@ def prepare(
     task = request.task or catalog.find(request.data, mapping=request.mapping, seed=training.seed)
     task = replace(task, chat=training.chat)
     base = with_template_values((load or _own_base)(request, task), training.chat_template_kwargs)
-    adapter = _attached(request, base)
+    adapter, origin = attached(request, base, task)
     with detached_after(base, adapter, on_error_alone=True):
-        return _ready(request, task, base, adapter, load, encoding)
+        if training.merge_aware is not None:
+            require_method(adapter.config)
+            put_on_grid(adapter)
+        prepared = _ready(request, task, base, adapter, load, encoding)
+    return prepared if origin is None else replace(prepared, facts={**prepared.facts, "from_adapter": origin})
 
 
 def _ready(
@@ -140,7 +138,8 @@ def _ready(
         require_shardable(base.model, world())
     if adapter.budget is not None:
         adapter.budget.plan(steps)
-    _require_rows_to_occur(adapter, encoded)
+    if training.from_adapter is None:  # rows that go on keep what they have learnt
+        _require_rows_to_occur(adapter, encoded)
     require_pictures(adapter, encoded)
     if training.shard_base and load is None:
         shard_base(base.model, [adapter], world())
@@ -178,20 +177,6 @@ def with_compared_facts(folder: Path, prepared: PreparedRun) -> PreparedRun:
     """
     begun = checkpoint.latest(folder) is not None
     return replace(prepared, unsure=require_same(folder, prepared.facts, begun=begun))
-
-
-def _attached(request: Request, base: Base) -> Adapter:
-    """Return the adapter in its base, with a new head and new tokens where the run has such."""
-    training = request.training
-    generator = torch.Generator().manual_seed(training.seed)
-    method: Any = with_head(request.method, base)
-    if training.new_tokens:
-        rows = (*method.token_rows, *add_tokens(base, training.new_tokens))
-        method = replace(method, token_rows=rows)
-    adapter = put_into(base.model, method, generator, name=request.name)
-    if training.merge_aware is not None:
-        put_on_grid(adapter)
-    return adapter
 
 
 def _digest(request: Request, task: Task) -> str:
@@ -249,22 +234,6 @@ def load_base(
     if quantize != "none":
         pack(base.model, quantize, name)
     return base
-
-
-def with_head(method: AnyMethod, base: Base) -> AnyMethod:
-    """Add a new classification head to the trained modules; it would stay random otherwise."""
-    if not kind_named(base.kind).headed:
-        return method
-    heads = [name for name, _ in base.model.named_children() if name in HEADS]
-    heads += [name for name in base.new if _is_alone(name, base.model, heads)]
-    missing = [head for head in heads if head not in method.modules_to_save]
-    return replace(method, modules_to_save=(*method.modules_to_save, *missing))
-
-
-def _is_alone(name: str, model: nn.Module, heads: Sequence[str]) -> bool:
-    """Return whether a new module is no head already, and its name means no other (as in peft)."""
-    paths = [path for path, _ in model.named_modules() if ends_with(path, name)]
-    return paths == [name] and not inside(name, heads)
 
 
 def _require_rows_to_occur(adapter: Adapter, encoded: Encoded) -> None:

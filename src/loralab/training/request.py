@@ -12,6 +12,7 @@ from loralab.models.device import resolve_precision
 from loralab.models.given import Given, given
 from loralab.tasks.catalog import Task
 from loralab.tasks.given import read
+from loralab.training.from_adapter import gone_on
 from loralab.training.objects import name_of, plain_name, require_usable
 from loralab.training.optim import usual_rate
 from loralab.training.settings import Training
@@ -53,9 +54,13 @@ class Request:
             data: a name, or rows in memory, which are read here.
 
         Raises:
-            InputError: options that exclude each other; a model or data of a wrong type.
+            InputError: options that exclude each other, or contradict the adapter that is gone on
+                from; a model or data of a wrong type.
         """
-        method, training = method or LoRA(), training or Training()
+        training = training or Training()
+        if training.from_adapter is not None:
+            method, training = gone_on(method, training)
+        method = method or LoRA()
         model, data = plain_name(model), plain_name(data)
         own = given(model, tokenizer)
         if own is not None:

@@ -253,6 +253,12 @@ def _job(request: Request, prepared: PreparedRun, folder: Path, score: Callable[
     )
 
 
+def _origin(request: Request, prepared: PreparedRun) -> dict[str, Any]:
+    """Return which adapter a run goes on from; empty for one that starts anew."""
+    digest = prepared.facts.get("from_adapter")
+    return {"from_adapter": {"path": request.training.from_adapter, "digest": digest}} if digest else {}
+
+
 def _scorer(prepared: PreparedRun, training: Training, seen: list[Scores]) -> Callable[[], Scores]:
     """Return scores the model as it is now on the first validation rows, and notes it in `seen`."""
     base = prepared.base
@@ -340,6 +346,7 @@ def record_of(request: Request, prepared: PreparedRun, progress: Progress, score
         },
         "method": {"name": fields["method"], **asdict(request.method)},
         "training": asdict(request.training),
+        **_origin(request, prepared),
         "steps": progress.step,
         "best_step": progress.best_step,
         "metrics": {"validation": dict(scores.metrics)},

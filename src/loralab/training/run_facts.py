@@ -31,6 +31,7 @@ FACT_NAMES = {  # how an error calls them
     "tokenizer": "tokenizer: digest",
     "chat_template": "chat template",
     "eos_token": "end of text",
+    "from_adapter": "adapter that it goes on from: digest",
     "general": "general text: digest",  # of studies alone
 }
 UNKNOWN = (
@@ -88,9 +89,11 @@ def require_equal(what: str, stored: RunFacts, facts: RunFacts) -> None:
     Raises:
         ConfigError: something differs.
     """
-    different = [name for name in FACT_NAMES if name in stored and stored[name] != facts[name]]
+    different = [name for name in FACT_NAMES if name in stored and stored[name] != facts.get(name)]
     if different:
-        changes = [f"{FACT_NAMES[name]} was {_brief(stored[name])}, now {_brief(facts[name])}" for name in different]
+        changes = [
+            f"{FACT_NAMES[name]} was {_brief(stored[name])}, now {_brief(facts.get(name))}" for name in different
+        ]
         raise ConfigError(
             f"{what} that was begun with something else: {join_limited(changes)}; bring that back, or "
             "begin anew in another folder",

@@ -6,6 +6,7 @@ Standard library only: the command line builds its flags and its help from these
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from typing import Annotated, Any
 
 from loralab.errors import ConfigError
@@ -34,6 +35,9 @@ class Training:
         str | None,
         "kind of model, where the rows suit several: causal-lm, sequence-classification, seq2seq, scored-pairs, "
         "regression (default: what model and rows are usually)",
+    ] = None
+    from_adapter: Annotated[
+        str | None, "adapter folder to go on from: method, rank and targets are its own (default: a new adapter)"
     ] = None
     epochs: Annotated[int, "passes over the training rows, unless max_steps is given"] = 1
     max_steps: Annotated[int | None, "optimiser steps; overrides epochs"] = None
@@ -97,6 +101,8 @@ class Training:
                 check_count(name, getattr(self, name))
         check_count("max_length", self.max_length, 2)
         object.__setattr__(self, "new_tokens", tuple(self.new_tokens))
+        if isinstance(self.from_adapter, PathLike):
+            object.__setattr__(self, "from_adapter", fspath(self.from_adapter))
         rate = self.learning_rate
         if rate is not None and not (math.isfinite(rate) and rate > 0):
             raise ConfigError(f"learning_rate must be above 0, got {rate}", code="invalid_value", field="learning_rate")

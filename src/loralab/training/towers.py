@@ -8,7 +8,7 @@ from loralab.adapters.adapter import Adapter
 from loralab.errors import ConfigError, join_limited
 from loralab.tasks.examples import Encoded
 from loralab.training.fast.forward_path import ForwardPath, smallest_with_picture
-from loralab.training.learning import NO_EARLY_GRADIENT, in_towers, trained
+from loralab.training.learning import in_towers, trained
 
 
 def require_pictures(adapter: Adapter, encoded: Encoded) -> None:
@@ -34,9 +34,10 @@ def with_idle_towers(adapter: Adapter, path: ForwardPath, encoded: Encoded) -> E
     known = {name: p for name, p in trained(adapter).items() if name in tensors}
     with path.activated(), torch.random.fork_rng():
         found = torch.autograd.grad(path.loss(seen), list(known.values()), allow_unused=True)
-    pairs = [(n, g) for n, g in zip(known, found, strict=True) if not n.endswith(NO_EARLY_GRADIENT)]
-    idle = dict.fromkeys(n.rpartition(".lora_")[0] or n for n, g in pairs if g is None or not g.any())
-    if not idle:
+    modules = {name: name.rpartition(".lora_")[0] or name for name in known}
+    # of a module's tensors one may have no gradient yet: A where B is zero, B where A is
+    reached = {modules[name] for name, g in zip(known, found, strict=True) if g is not None and g.any()}
+    if not (idle := [name for name in dict.fromkeys(modules.values()) if name not in reached]):
         return encoded
     note = f"no gradient reaches {join_limited(idle)}: the model does not use what it makes of a picture"
     return replace(encoded, notes=(*encoded.notes, note))

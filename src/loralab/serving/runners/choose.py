@@ -37,7 +37,8 @@ class ModelRunner:
         refused: those that are not, and why.
         packed_from: the tokens of a chunk from which on the packed way is quicker than the compiled one: torch's
             products of many rows use the processor's matrix units. Infinite where it never is.
-        reuse: whether a request can begin with what another one left in the cache.
+        copy: copies the first places of a block, so that a request begins with what another one left; None where
+            it cannot.
     """
 
     def __init__(self, model: Any, blocks: int) -> None:
@@ -57,8 +58,8 @@ class ModelRunner:
             self._fallback = packed
             self.refused["compiled"] = self._compile(model, pool, packed)
         self.refused = {name: reason for name, reason in self.refused.items() if reason}
-        self.reuse = isinstance(self._fallback, PackedRunner)
-        self.names = [*(["compiled"] if self._native else []), "packed" if self.reuse else "one by one"]
+        self.copy = pool.copy if isinstance(self._fallback, PackedRunner) else None
+        self.names = [*(["compiled"] if self._native else []), "packed" if self.copy else "one by one"]
 
     def prepare(self, key: Hashable, loaded: Any) -> None:
         """Prepare an adapter for the native step; may run beside a step."""

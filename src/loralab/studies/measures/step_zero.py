@@ -26,8 +26,8 @@ from loralab.tasks.encode import encode
 from loralab.tasks.examples import Example
 from loralab.tasks.forward import by_length
 from loralab.tasks.kinds.registry import kind_named
+from loralab.training.attached import with_head
 from loralab.training.loop import labelled_tokens
-from loralab.training.preflight import with_head
 
 MEASURE_START = "loralab.studies.measures.step_zero:measure"
 ROWS, LABELS = 96, 1024  # test rows on which the start is compared with the base, at most

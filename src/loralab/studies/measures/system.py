@@ -29,7 +29,8 @@ from loralab.tasks.encode import encode
 from loralab.tasks.examples import Example
 from loralab.tasks.forward import call
 from loralab.tasks.kinds.registry import kind_named
-from loralab.training.preflight import load_base, with_head
+from loralab.training.attached import with_head
+from loralab.training.preflight import load_base
 
 MEASURE_TASK = "loralab.studies.measures.system:measure_task"
 MEASURE_SYSTEM = "loralab.studies.measures.system:measure_system"

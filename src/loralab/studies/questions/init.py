@@ -18,7 +18,14 @@ from loralab.studies.study import DIVERGED, Answer, Arm, Finding, Record, StudyS
 __all__ = ["MEASURE", "arms", "conclude"]
 
 ZERO, KAIMING, PISSA = "B = 0", "B Kaiming", "PiSSA"
-NAMES = {"kaiming": ZERO, "b_kaiming": KAIMING, "gaussian": "A Gaussian", "pissa": PISSA, "orthogonal": "A orthogonal"}
+NAMES = {
+    "kaiming": ZERO,
+    "zero_a": "A = 0",
+    "b_kaiming": KAIMING,
+    "gaussian": "A Gaussian",
+    "pissa": PISSA,
+    "orthogonal": "A orthogonal",
+}
 USUAL = ("b_kaiming", "gaussian", "pissa")  # beside the reference
 # a start away from the base model, and an A that is several times larger, bear smaller steps only:
 # the two rates that quick studies try, as multiples of the usual one, would be unfair to them
