@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab import atomic
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.folder import RECORD, write_json
 from loralab.adapters.model_folder import has_own_head
 from loralab.adapters.record import FORMAT
@@ -66,18 +67,8 @@ def merge(
     base = live.base
     prompts = sample_of(live.stored.record, base)
     reference = reference_of(base.model, prompts, base.kind, base.tokenizer)
-    on_grid = packs and suits_grid(live.adapter)
-    if on_grid:
-        put_on_grid(live.adapter)
-    kept = requantize.retention(live.adapter) if packs else {}
-    if not force:
-        requantize.require_retention(kept, on_grid=on_grid)
-    plain: Any = live.adapter.merge_and_detach()
-    if not on_grid:
-        dequantize(plain)
-    if packs:
-        # what is written is compared with what was packed: that differs from the unpacked model
-        requantize.pack(plain)
+    plain, kept = _merged(live.adapter, packs=packs, force=force)
+    if packs:  # what is written is compared with what was packed: that differs from the unpacked model
         reference = reference_of(plain, prompts, base.kind, base.tokenizer)
     with proven_output(output) as rejected:
         with atomic.new_folder(rejected) as place:
@@ -92,6 +83,26 @@ def merge(
                 field="artefact",
             )
     return certificate
+
+
+def _merged(adapter: Adapter, *, packs: bool, force: bool) -> tuple[Any, Mapping[str, float]]:
+    """Return the plain model, in NF4 if it is packed, and what each packed layer keeps of its update.
+
+    Raises:
+        CertificateError: that is too little, and not forced.
+    """
+    on_grid = packs and suits_grid(adapter)
+    if on_grid:
+        put_on_grid(adapter)
+    kept = requantize.retention(adapter) if packs else {}
+    if not force:
+        requantize.require_retention(kept, on_grid=on_grid)
+    plain: Any = adapter.merge_and_detach()
+    if not on_grid:
+        dequantize(plain)
+    if packs:
+        requantize.pack(plain)
+    return plain, kept
 
 
 @contextlib.contextmanager
