@@ -67,11 +67,14 @@ class LinearWithLoRA(Wrapper):
             self.register_load_state_dict_post_hook(_measure_again)
             self.magnitude = nn.Parameter(self.row_norm())
         self._ratio: tuple[Tensor, _State] | None = None  # kept while its tensors stay
+        self.grid: Any = None  # of artefacts/merge_aware.py, while the update acts as it will once it is merged
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., I) -> (..., O)."""
         if self.merged:
             return self.base(x)
+        if self.grid is not None:
+            return self.grid.forward(x, self)
         if self.magnitude is not None and is_ragged(x):
             return row_by_row(self.forward, x)
         if self.magnitude is not None:
@@ -190,6 +193,13 @@ class LinearWithLoRA(Wrapper):
             found["lora_magnitude_vector"] = self.magnitude
         return found
 
+    def merge_weights(self) -> None:
+        """Put W0 + delta in the place of W0 (wrapper.py); on the grid of W0 where the layer computes there."""
+        if self.grid is None or self.merged:
+            super().merge_weights()
+            return
+        self._packed, self.base, self.merged = (self.base,), self.grid.merged(self), True
+
     def merged_tensors(self) -> dict[str, Tensor]:
         """Return the weight with the update in it, in the base's own layout."""
         total = to_wide(dense_weight(self.base)) + self.delta()
@@ -250,7 +260,8 @@ def together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
 
 def is_plain(layer: nn.Module) -> TypeGuard[LinearWithLoRA]:
     """Return whether W0 x + (alpha / r) B A x is all that the layer does."""
-    return type(layer) is LinearWithLoRA and not layer.merged and layer.magnitude is None and not is_hooked(layer)
+    plain = type(layer) is LinearWithLoRA and layer.magnitude is None and layer.grid is None
+    return plain and not layer.merged and not is_hooked(layer)
 
 
 def _one_for_all(layer: LinearWithLoRA, x: Tensor) -> bool:

@@ -23,7 +23,7 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "task": {"name": str, "format": str, "instruction": str, "labels": (str, int), "digest": str, "scale": float},
     "tokenizer": {"new_tokens": (str,), "stop_ids": (int,), "chat_template": str, "eos_token": str, "digest": str},
     "from_adapter": {"path": str, "digest": str},
-    "training": {"seed": int, "learn": str, "thoughts": str},
+    "training": {"seed": int, "learn": str, "thoughts": str, "merge_aware": str},
     "metrics": {},
     "method": {},
     "certificate": {},

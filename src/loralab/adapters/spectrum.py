@@ -92,6 +92,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "modules": [_described(stored.path, name, *pair) for name, pair in pairs.items()],
         "tensors": _tensors(stored),
         "metrics": stored.record.get("metrics", {}),
+        **({"merge_aware": how} if (how := stored.record.get("training", {}).get("merge_aware")) else {}),
     }
 
 

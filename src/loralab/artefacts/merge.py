@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loralab import atomic
+from loralab.adapters.adapter import Adapter
 from loralab.adapters.folder import RECORD, write_json
 from loralab.adapters.model_folder import has_own_head
 from loralab.adapters.record import FORMAT
@@ -17,6 +18,7 @@ from loralab.artefacts import requantize
 from loralab.artefacts.certificate import compare_afresh, file_digests
 from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.loaded_adapter import LoadedAdapter, load_with_base, sample_of
+from loralab.artefacts.merge_aware import put_on_grid, suits_grid
 from loralab.errors import CertificateError, ConfigError
 from loralab.models import processors
 from loralab.models.quantize import dequantize
@@ -24,6 +26,7 @@ from loralab.models.source import quiet
 from loralab.values import check_choice
 
 REJECTED = ".rejected"
+KEPT = ("seed", "learn", "thoughts")  # of the record of a training
 
 
 def merge(
@@ -64,14 +67,8 @@ def merge(
     base = live.base
     prompts = sample_of(live.stored.record, base)
     reference = reference_of(base.model, prompts, base.kind, base.tokenizer)
-    kept = requantize.retention(live.adapter) if packs else {}
-    if not force:
-        requantize.require_retention(kept)
-    plain: Any = live.adapter.merge_and_detach()
-    dequantize(plain)
-    if packs:
-        # what is written is compared with what was packed: that differs from the unpacked model
-        requantize.pack(plain)
+    plain, kept = _merged(live.adapter, packs=packs, force=force)
+    if packs:  # what is written is compared with what was packed: that differs from the unpacked model
         reference = reference_of(plain, prompts, base.kind, base.tokenizer)
     with proven_output(output) as rejected:
         with atomic.new_folder(rejected) as place:
@@ -86,6 +83,26 @@ def merge(
                 field="artefact",
             )
     return certificate
+
+
+def _merged(adapter: Adapter, *, packs: bool, force: bool) -> tuple[Any, Mapping[str, float]]:
+    """Return the plain model, in NF4 if it is packed, and what each packed layer keeps of its update.
+
+    Raises:
+        CertificateError: that is too little, and not forced.
+    """
+    on_grid = packs and suits_grid(adapter)
+    if on_grid:
+        put_on_grid(adapter)
+    kept = requantize.retention(adapter) if packs else {}
+    if not force:
+        requantize.require_retention(kept, on_grid=on_grid)
+    plain: Any = adapter.merge_and_detach()
+    if not on_grid:
+        dequantize(plain)
+    if packs:
+        requantize.pack(plain)
+    return plain, kept
 
 
 @contextlib.contextmanager
@@ -123,7 +140,8 @@ def _write_model(live: LoadedAdapter, plain: Any, place: Path, kept: Mapping[str
         file.chmod((place / "config.json").stat().st_mode)
     told: dict[str, Any] = {key: record[key] for key in ("task", "tokenizer", "sample") if key in record}
     # tells which rows were held out, and which of their answers were learnt
-    if stored := {name: v for name, v in record.get("training", {}).items() if name in ("seed", "learn", "thoughts")}:
+    wanted = (*KEPT, "merge_aware") if kept else KEPT
+    if stored := {name: v for name, v in record.get("training", {}).items() if name in wanted}:
         told["training"] = stored
     if kept:
         told["retained"] = {name: round(share, 4) for name, share in kept.items()}

@@ -1,11 +1,13 @@
 """A merged model in 4 bits again, if the update survives it.
 
 A step of the 4-bit grid is far larger than most updates: rounding W + D to it can give back W.
-So the retained part of every layer's update is measured first (models/quantize.py).
+LoRA on an NF4 base moves along the grid of that base instead (adapters/nf4_grid.py); of all others the
+retained part of every layer's update is measured first (models/quantize.py).
 """
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +33,9 @@ def retention(adapter: Adapter) -> dict[str, float]:
     """Return the part of each linear layer's update that NF4 keeps: 1 is all of it, 0 nothing."""
     kept = {}
     for name, module in adapter.modules.items():
-        if is_linear(module.original):
+        if (grid := getattr(module, "grid", None)) is not None:
+            kept[name] = grid.kept(module)
+        elif is_linear(module.original):
             before = dense_weight(module.original).float()
             total: Tensor = module.merged_tensors()["weight"]
             after = total.T if getattr(module, "transposed", False) else total
@@ -39,14 +43,19 @@ def retention(adapter: Adapter) -> dict[str, float]:
     return kept
 
 
-def require_retention(kept: Mapping[str, float]) -> None:
+def require_retention(kept: Mapping[str, float], *, on_grid: bool = False) -> None:
     """Refuse where too little of some layer's update would be left.
+
+    Args:
+        on_grid: whether the shares are spread by chance around all of it, so that their mean counts.
 
     Raises:
         CertificateError: the least is below LEAST.
     """
     if not kept:
         return
+    if on_grid:
+        kept = {"the layers": fmean(kept.values())}
     name = min(kept, key=lambda key: kept[key])
     if kept[name] < MIN_RETENTION:
         values = sorted(kept.values())

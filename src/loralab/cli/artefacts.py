@@ -242,6 +242,8 @@ def _show_summary(summary: dict[str, Any]) -> None:
     if summary["modules"]:
         ranks = ", ".join(map(str, summary["ranks"]))
         rows.insert(4, ("low-rank updates", f"{len(summary['modules'])}, ranks {ranks}"))
+    if how := summary.get("merge_aware"):
+        rows.append(("trained for", f"a merge into {how}, whose losses its metrics are"))
     print_table(summary["path"], rows)
     if summary["modules"]:
         _show_updates(summary["modules"])

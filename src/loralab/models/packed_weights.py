@@ -1,6 +1,7 @@
 """The tensors of a safetensors folder that bitsandbytes packed: NF4, FP4 and 8 bits."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -32,6 +33,18 @@ class FourBits:
     def rows(self, first: int, last: int) -> Tensor:
         """Unpack the weight, and return some rows."""
         return _unpacked(self)[first:last]
+
+    def longest_steps(self) -> Tensor:
+        """Return the longest way between two levels, for each number of the whole weight."""
+        import bitsandbytes.functional as bnb
+
+        parts = {key: whole(stream) for key, stream in self.parts.items() if key != "data"}
+        state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
+        scales = state.absmax
+        if state.nested:
+            scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
+        longest = scales.float() * state.code.float().sort().values.diff().max()
+        return longest.repeat_interleave(self.blocksize)[: math.prod(self.shape)].view(self.shape)
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Quantize a whole weight in the same format, and dequantize it."""

@@ -125,6 +125,13 @@ class NF4:
         out: Tensor = self._dequantize(self.data, self.state)
         return out
 
+    def scales(self) -> Tensor:
+        """Return the scale of each block in fp32, unpacked."""
+        if not self.state.nested:
+            return self.state.absmax.float()
+        found: Tensor = _bitsandbytes().dequantize_blockwise(self.state.absmax, self.state.state2)
+        return (found + self.state.offset).float()
+
     def nbytes(self) -> int:
         """Return packed weights and scales; the two tables of levels are shared by all layers."""
         parts = [self.data, self.state.absmax]

@@ -39,6 +39,7 @@ SIGNATURES = {
     "softmax": "pppllll",
     "softmax_backward": "ppll",
     "cross_entropy": "pppll",
+    "nf4_moved": "pppppllll",
 }
 DOTS = {  # of the files that need the processor's own dot products
     "attention": "pppppppplllllf",

@@ -89,7 +89,7 @@ def evaluate(
             generate=evaluation.generate,
             max_new_tokens=evaluation.max_new_tokens,
         )
-    return replace(scores, split=split)
+    return replace(scores, split=split, notes=(*scores.notes, *_merge_note(record, stored)))
 
 
 @contextmanager
@@ -170,6 +170,19 @@ def _learnt(record: Mapping[str, Any], name: str, own: Given | None) -> Learnt:
         seed=record.get("training", {}).get("seed") or 0,
         asks=kind_named(kind).asks,
         **texts,
+    )
+
+
+def _merge_note(record: Mapping[str, Any], stored: AdapterFolder | None) -> tuple[str, ...]:
+    """Return which of the two losses is shown, where a training was for a merge."""
+    how = record.get("training", {}).get("merge_aware")
+    if not how:
+        return ()
+    if stored is None:
+        return (f"these are scores of the model as merged into {how} weights",)
+    return (
+        f"trained for a merge into {how} weights; these are scores of the adapter beside its base, "
+        f"not of what `loralab merge {stored.path} FOLDER --quantize {how}` writes",
     )
 
 

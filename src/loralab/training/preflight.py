@@ -11,6 +11,7 @@ import torch
 import loralab
 from loralab import atomic
 from loralab.adapters.adapter import Adapter
+from loralab.artefacts.merge_aware import put_on_grid, require_method
 from loralab.errors import ConfigError, OutputError, join_limited
 from loralab.models import load as models
 from loralab.models.device import device_here, resolve_precision
@@ -39,6 +40,7 @@ from loralab.training.world import world
 from loralab.values import read_toml
 
 CONFIG = "config.toml"
+MERGE_NOTE = "losses of this run are those of its NF4 merge; the adapter that it saves stands beside its base"
 CHOSEN_FIELDS = ("pass_tokens", "gradient_checkpointing", "checkpoint_blocks")  # by a memory budget
 
 
@@ -69,7 +71,8 @@ class PreparedRun:
     def notes(self) -> tuple[str, ...]:
         """Return what the data and the model hold and the run does not use, a line each."""
         unsure = (self.unsure,) if self.unsure else ()
-        notes = (*unsure, *self.task.notes, *self.encoded.notes, *self.adapter.notes)
+        merge = (MERGE_NOTE,) if self.training.merge_aware else ()
+        notes = (*unsure, *merge, *self.task.notes, *self.encoded.notes, *self.adapter.notes)
         if self.task.format == "prompt-completion" and self.base.tokenizer.chat_template:
             return (*notes, f"prompts are asked through the chat template of {self.base.name}")
         return notes
@@ -108,6 +111,9 @@ def prepare(
     base = with_template_values((load or _own_base)(request, task), training.chat_template_kwargs)
     adapter, origin = attached(request, base, task)
     with detached_after(base, adapter, on_error_alone=True):
+        if training.merge_aware is not None:
+            require_method(adapter.config)
+            put_on_grid(adapter)
         prepared = _ready(request, task, base, adapter, load, encoding)
     return prepared if origin is None else replace(prepared, facts={**prepared.facts, "from_adapter": origin})
 

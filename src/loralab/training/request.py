@@ -6,6 +6,7 @@ from typing import Any
 
 from loralab.adapters.methods import AnyMethod, LoRA
 from loralab.adapters.registry import spec_of
+from loralab.artefacts.merge_aware import require_method
 from loralab.errors import ConfigError
 from loralab.models.device import resolve_precision
 from loralab.models.given import Given, given
@@ -80,6 +81,8 @@ class Request:
             raise ConfigError(
                 "weights in few bits cannot be trained; leave --quantize out", code="trains_quantized", field="quantize"
             )
+        if training.merge_aware is not None:
+            require_method(method)
         if training.new_tokens and not spec.has("token_rows"):
             raise ConfigError("new_tokens are trained by LoRA only", code="lora_only", field="new_tokens")
         task = None if isinstance(data, str) else read(data, mapping, seed=training.seed)

@@ -12,6 +12,7 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.methods import AnyMethod
 from loralab.artefacts.certificate import certify
 from loralab.artefacts.comparison import Certificate, reference_of
+from loralab.artefacts.merge_aware import take_off_grid
 from loralab.artefacts.temporary_base import base_folder
 from loralab.models.device import device_here
 from loralab.models.given import restored_after
@@ -213,6 +214,7 @@ def finish_run(begun: ActiveRun) -> Run:
     base.model.eval()
     # the loop's last evaluation was of these very weights, unless it happened in another process
     scores = seen[-1] if seen and best == progress.step else begun.steps.job.evaluate()
+    take_off_grid(adapter)  # what is saved is an update beside its base
     if world().is_main:
         adapter.save(folder, record_of(request, prepared, progress, scores), overwrite=True)
     world().barrier()

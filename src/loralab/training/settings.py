@@ -15,6 +15,7 @@ from loralab.values import check_choice, check_count, parse_bytes
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 QUANTIZERS = ("none", "nf4", "gguf")
+MERGE_AWARE = ("nf4",)
 SCHEDULES = ("linear", "cosine", "constant")
 LOSS_ON = ("answer", "all")
 CHECKPOINTING = ("off", "on", "reentrant")
@@ -47,6 +48,9 @@ class Training:
         "auto"
     )
     quantize: Annotated[str, "quantise the base's linear layers: none, nf4, or gguf (as in the file)"] = "none"
+    merge_aware: Annotated[
+        str | None, "train with the weight as the merge will round it, so that the merge keeps the update: nf4 (LoRA)"
+    ] = None
     image_size: Annotated[int | None, "image size in pixels (default: the model's)"] = None
     gradient_checkpointing: Annotated[str, "recompute activations to save memory: off, on, or reentrant"] = "off"
     checkpoint_blocks: Annotated[int | None, "blocks that gradient_checkpointing recomputes (default: all)"] = None
@@ -116,6 +120,8 @@ class Training:
         check_choice("loss_on", self.loss_on, LOSS_ON)
         check_choice("gradient_checkpointing", self.gradient_checkpointing, CHECKPOINTING)
         self._check_memory()
+        if self.merge_aware is not None:
+            self._check_merge()
         require_kwargs(self.chat_template_kwargs)
         _ = self.chat
 
@@ -123,6 +129,23 @@ class Training:
     def chat(self) -> ChatOptions:
         """Return the choice of what is learnt of conversations."""
         return ChatOptions(learn=self.learn, thoughts=self.thoughts)
+
+    def _check_merge(self) -> None:
+        """Check what the base must be for a merge that is trained for, and pack it so."""
+        check_choice("merge_aware", str(self.merge_aware), MERGE_AWARE)
+        if self.quantize == "gguf":
+            raise ConfigError(
+                "merge_aware nf4 needs a base in NF4, not in the blocks of a GGUF file; leave --quantize out",
+                code="other_grid",
+                field="merge_aware",
+            )
+        if self.shard_base:
+            raise ConfigError(
+                "merge_aware nf4 needs whole weights in every process; leave --shard-base out",
+                code="sharded_base",
+                field="merge_aware",
+            )
+        object.__setattr__(self, "quantize", "nf4")
 
     def _check_memory(self) -> None:
         if self.optimizer_bits not in OPTIMIZER_BITS:

@@ -13,9 +13,10 @@ from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
 from loralab.errors import ConfigError
 from loralab.models.load import Base
+from loralab.models.quantize import QuantizedLinear, quantize
 from loralab.studies.measures import drift, merging
 from loralab.studies.questions import merge
-from loralab.studies.questions.merge import AGAIN, DRIFT
+from loralab.studies.questions.merge import AGAIN, AWARE, DRIFT
 from loralab.studies.study import Arm, Record, StudySetup
 
 SETUP = StudySetup(study="merge", model="m", data="d", quick=True)
@@ -215,6 +216,30 @@ def test_drift_and_packing_are_told() -> None:
     assert [figure.name for figure in answer.figures] == ["merge-drift", "merge-kl"]
     assert_it_renders(answer, "merge")
     assert "merge.defect" in keys_in(merge.conclude([drifted(exact=False)], SETUP).sentence)
+
+
+def test_a_whole_study_trains_for_the_merge_too() -> None:
+    whole = StudySetup(study="merge", model="m", data="d")
+    arm = next(arm for arm in merge.arms(whole, base(tiny.llama())) if arm.name == AWARE)
+    assert (arm.options["quantize"], arm.options["again"], arm.options["aware"]) == ("nf4", True, True)
+    answer = merge.conclude([record("fp32"), record(AWARE, 0.02, kept=0.99, gain_kept=0.97)], whole)
+    assert message_in(answer.sentence, "merge.aware").values["gain"] == pytest.approx(0.97)
+    assert_it_renders(answer, "merge")
+
+
+def test_along_the_grid_the_update_is_kept() -> None:
+    pytest.importorskip("bitsandbytes")
+    shares = {}
+    for aware in (False, True):
+        model = tiny.llama(1, hidden_size=64, intermediate_size=128)
+        quantize(model, "nf4", "")
+        adapter = attach(model, LoRA(rank=4))
+        for module in adapter.modules.values():
+            torch.nn.init.normal_(module.lora_B, std=2e-3)
+        shares[aware] = list(merging.packed_again(adapter, aware=aware).values())
+        assert all(isinstance(model.get_submodule(name), QuantizedLinear) for name in adapter.modules)
+    assert sum(shares[False]) / 7 < 0.5
+    assert abs(sum(shares[True]) / 7 - 1) < 0.2
 
 
 def test_a_change_of_the_loss_is_claimed_and_rounding_is_not() -> None:

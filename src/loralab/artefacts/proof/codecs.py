@@ -39,6 +39,7 @@ class Kept:
     size: float = 0.0
     same: int = 0
     stale: int = 0
+    between: int = 0  # numbers of M that are no further from Q(W) + U than two levels are from each other
     count: int = 0
     furthest: float = 0.0
 
@@ -73,6 +74,9 @@ def _by_codec(own: Expected, plain: TensorVerdict, kept: Kept) -> TensorVerdict:
     close = abs(there - honest) <= 0.05 + 5 * kept.noise
     if kept.same >= SAME * kept.count or (kept.error <= WITHIN * kept.allowed and close):
         return replace(plain, verdict="requantised", factor=1.0 if own.deltas else None)
+    if kept.between >= SAME * kept.count and own.deltas and abs(there - 1) <= 0.05 + 5 * kept.noise:
+        order = f"moved along the {own.merged.codec} grid of the base"
+        return replace(plain, verdict="requantised", order=order, factor=1.0)
     return _wrong(own, plain, kept, there / honest if honest else there)
 
 
@@ -124,6 +128,8 @@ def _sums(own: Expected, quantize: Callable[[Tensor], Tensor] | None, dtype: tor
         kept.same += int(((merged - after).abs() <= tolerance).sum())
         kept.stale += int(((merged - before).abs() <= tolerance).sum())
         kept.count += merged.numel()
+        if whole and (steps := getattr(own.merged, "longest_steps", None)) is not None:
+            kept.between += int(((merged - before - update).abs() <= 1.01 * steps()).sum())
         kept.furthest = max(kept.furthest, float((merged - wanted).abs().max()))
     return kept
 

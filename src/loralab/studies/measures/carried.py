@@ -20,9 +20,9 @@ from loralab.training.preflight import load_base
 REFERENCE = Arm(name="r=8", fields={"method": "lora", "rank": 8}, tuned=False, plain=True)
 
 
-def adapter_folder(trial: Trial, folder: Path, tell: Tell) -> Path:
-    """Return the folder of the reference arm's adapter; where that arm left none, train it here."""
-    own = replace(trial, measure=MEASURE, arm=REFERENCE, seed=0)
+def adapter_folder(trial: Trial, folder: Path, tell: Tell, arm: Arm = REFERENCE) -> Path:
+    """Return the folder of an arm's adapter, seed 0; where that arm left none, train it here."""
+    own = replace(trial, measure=MEASURE, arm=arm, seed=0)
     beside = folder.parent / own.digest / "run"
     if all((beside / name).is_file() for name in (TENSORS, RECORD)):
         return beside

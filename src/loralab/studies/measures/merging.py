@@ -19,10 +19,11 @@ from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import compute_dtype, dense_weight, is_linear
 from loralab.artefacts import requantize
 from loralab.artefacts.comparison import Certificate, compare, logits_of, reference_of
+from loralab.artefacts.merge_aware import put_on_grid
 from loralab.errors import ModelError
 from loralab.models.device import resolve_precision
 from loralab.models.quantize import dequantize
-from loralab.studies.measures.carried import adapter_folder, base_for, compared_inputs, put_on
+from loralab.studies.measures.carried import REFERENCE, adapter_folder, base_for, compared_inputs, put_on
 from loralab.studies.study import Record, Trial
 from loralab.studies.timing import timed
 from loralab.studies.trained import Tell, items_of, score
@@ -36,7 +37,7 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Merge, compare, unmerge and compare again; options name the form of the base.
 
     {"precision", "quantize", "compared": test rows whose logits are compared, "again": whether the
-    merged model is packed again, "limit": most test rows}.
+    merged model is packed again, "aware": whether the adapter was trained for that, "limit": most test rows}.
     """
     try:
         return _measured(trial, folder, tell)
@@ -48,7 +49,10 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
 
 
 def _measured(trial: Trial, folder: Path, tell: Tell) -> Record:
-    options, place = trial.arm.options, adapter_folder(trial, folder, tell)
+    options, own = trial.arm.options, REFERENCE
+    if options.get("aware"):
+        own = replace(own, fields={**own.fields, "merge_aware": "nf4"})
+    place = adapter_folder(trial, folder, tell, own)
     precision = resolve_precision(str(options["precision"]))
     base, task = base_for(trial.setup, precision, quantize=str(options["quantize"]))
     samples = compared_inputs(task, base, int(options["compared"]))
@@ -57,24 +61,41 @@ def _measured(trial: Trial, folder: Path, tell: Tell) -> Record:
     def logits() -> Tensor:
         return logits_of(base.model, samples, base.kind, base.tokenizer)
 
-    plain, adapter = logits(), put_on(base, place)
+    plain, alone = logits(), score(base, task).metrics["loss"] if options.get("again") else 0.0
+    adapter = put_on(base, place)
     before, reference = score(base, task), reference_of(base.model, samples, base.kind, base.tokenizer)
     numbers = {**rounding(adapter), "effect_kl": compare(reference, plain, precision).mean_kl}
-    kept = requantize.retention(adapter) if options.get("again") else {}
-    if kept:
+    kept: dict[str, float] = {}
+    if options.get("again"):
+        kept = packed_again(adapter, aware=bool(options.get("aware")))
         numbers |= {"kept": float(np.median(list(kept.values()))), "packed": float(len(kept))}
-        merged: Any = adapter.merge_and_detach()
-        dequantize(merged)
-        requantize.pack(merged)
     else:
         numbers |= round_trip(base.model, adapter, logits, reference.values)
     after = score(base, task)
     metric = trial.setup.metric or before.main
     numbers |= changes(before, after, compare(reference, logits(), precision))
+    if kept:
+        numbers["gain_kept"] = (alone - numbers["loss_after"]) / (alone - numbers["loss_before"])
     items = {BEFORE: items_of(before, metric), AFTER: items_of(after, metric)}
     items |= {f"{name} loss": [-loss for loss in own.row_losses] for name, own in ((BEFORE, before), (AFTER, after))}
     texts = {"metric": metric, "precision": precision}
     return trial.record(numbers=numbers, items=items, series={"kept": list(kept.values())}, texts=texts)
+
+
+def packed_again(adapter: Adapter, *, aware: bool) -> dict[str, float]:
+    """Merge into NF4 weights; return what each layer keeps of its update.
+
+    Args:
+        aware: along the grid of the base, as the adapter was trained for; else to the nearest level.
+    """
+    if aware:
+        put_on_grid(adapter)
+    kept = requantize.retention(adapter)
+    merged: Any = adapter.merge_and_detach()
+    if not aware:
+        dequantize(merged)
+    requantize.pack(merged)
+    return kept
 
 
 def has_fp16() -> bool:

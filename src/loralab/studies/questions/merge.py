@@ -20,9 +20,17 @@ from loralab.studies.trained import MEASURE
 
 __all__ = ["MEASURE", "arms", "conclude"]
 
-AGAIN, DRIFT = "NF4 → NF4", "100 merges"
+AGAIN, AWARE, DRIFT = "NF4 → NF4", "NF4 → NF4, trained for it", "100 merges"
 DENSE = ("fp32", "bf16", "fp16")
-NAMES = {**{name: name for name in DENSE}, "nf4": "NF4", "nf4-again": AGAIN, "gguf": "GGUF", "drift": DRIFT}
+NAMES = {
+    **{name: name for name in DENSE},
+    "nf4": "NF4",
+    "nf4-again": AGAIN,
+    "nf4-aware": AWARE,
+    "gguf": "GGUF",
+    "drift": DRIFT,
+}
+PACKED = (AGAIN, AWARE)  # forms that end in 4 bits
 SLOW_ROWS = 12  # of a dtype that the machine has no instructions for
 COMPARED = (32, 8)  # rows whose logits are compared: thorough, quick
 FEW_MODULES = 7  # of the hundred merges in a quick study
@@ -41,6 +49,7 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
 def usual(setup: StudySetup) -> list[str]:
     """Return all forms; in a quick study none that the machine would compute very slowly."""
     names = ["fp32", "bf16", *(["fp16"] if has_fp16() or not setup.quick else []), "nf4", "nf4-again"]
+    names += ["nf4-aware"] if not setup.quick else []  # it trains a second adapter
     names += ["gguf"] if not setup.quick and gguf_file(setup.model) is not None else []
     return [*names, "drift"]
 
@@ -54,9 +63,10 @@ def _arm(name: str, setup: StudySetup) -> Arm:
     options = {
         "measure": MEASURE_MERGING,
         "precision": name if name in DENSE else str(setup.fields.get("precision", "auto")),
-        "quantize": "none" if name in DENSE else name.removesuffix("-again"),
+        "quantize": "none" if name in DENSE else name.partition("-")[0],
         "compared": COMPARED[setup.quick],
-        **({"again": True} if name == "nf4-again" else {}),
+        **({"again": True} if NAMES[name] in PACKED else {}),
+        **({"aware": True} if name == "nf4-aware" else {}),
         **({"limit": SLOW_ROWS} if name == "fp16" and not has_fp16() else {}),
     }
     return Arm(name=NAMES[name], options=options, tuned=False, plain=True)
@@ -87,12 +97,13 @@ def off(drift: Drift, merges: int) -> float:
 
 def _sentence(forms: Forms, drifts: Sequence[Drift]) -> Message:
     """Say fp32 first, then what else moved, then the way back."""
-    others = [Message("merge.form", arm=n, **_said(r)) for n, r in forms.items() if n not in ("fp32", AGAIN)]
+    others = [Message("merge.form", arm=n, **_said(r)) for n, r in forms.items() if n not in ("fp32", *PACKED)]
     kept = _kept_change(forms.get(AGAIN))
     parts = [
         _fp32(forms["fp32"]) if "fp32" in forms else None,
         Message("merge.others", parts=others) if others else None,
         Message("merge.again", kept=1 + kept.estimate) if kept else None,
+        Message("merge.aware", gain=forms[AWARE].numbers["gain_kept"]) if AWARE in forms else None,
         _way_back(drifts) if drifts else None,
     ]
     return sentences(*parts) if any(parts) else Message("merge.partial")
@@ -129,8 +140,8 @@ def _finding(record: Record, metric: Metric, family: int) -> Finding | None:
         return None
     change = difference([now], [was], comparisons=family, margin=metric.margin_at(abs(float(np.mean(was)))))
     name = record.arm.name
-    after = name if name == AGAIN else Message("merge.merged", arm=name)
-    before = Message("merge.unmerged", arm="NF4" if name == AGAIN else name)
+    after = name if name in PACKED else Message("merge.merged", arm=name)
+    before = Message("merge.unmerged", arm="NF4" if name in PACKED else name)
     found = claim(change, metric, names=(after, before))
     if metric == LOSS and abs(change.estimate) < EXPECTED:
         return replace(found, sentence=Message("merge.rounding", a=after, b=before, size=abs(change.estimate)))
@@ -203,7 +214,7 @@ def _forms_table(forms: Forms) -> list[Table]:
     shown = columns(
         *("form", "loss_before:.6f", "loss_after:.6f", "loss_difference:.2g"),
         *("relative:.2g", "kl:.2g", "effect_kl:.2g", "top1:fine percent", "changed"),
-        *("moved:fine percent", "noise:fine percent", "kept:fine percent", "restored"),
+        *("moved:fine percent", "noise:fine percent", "kept:fine percent", "gain_kept:fine percent", "restored"),
         *("merge_seconds:seconds", "unmerge_seconds:seconds"),
     )
     return [Table(title=Message("merge.forms"), columns=shown, rows=rows)] if forms else []
