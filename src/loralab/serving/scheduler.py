@@ -77,7 +77,7 @@ class Scheduler:
     """Sequences that wait and sequences that run.
 
     Args:
-        most_rows: that run at the same time.
+        max_sequences: that run at the same time.
         step_tokens: that go through the model in one step, decoding included.
         copy: copies the first places of a block (source, target, count) at once, so that beginnings which
             other sequences left in the cache are used; None where they may not be.
@@ -201,7 +201,7 @@ class Scheduler:
         Returns False, for what is scored, if more of it is just being read for another one.
         """
         until, latest = sequence.first_logit_position, len(sequence.tokens) - 1
-        sequence.chain = chained_hashes(sequence.key or "", sequence.tokens[:latest])
+        sequence.chain = chained_hashes(sequence.key or "", sequence.tokens[:latest], sequence.chain)
         if sequence.alternatives >= 0:
             sequence.judged = self.scores.known(sequence.chain, sequence.tokens, sequence.alternatives)
             until = max(until, min(len(sequence.judged), latest))
