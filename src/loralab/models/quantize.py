@@ -25,6 +25,8 @@ from loralab.models.gguf_blocks import GGUFBlocks, linear_tensors
 
 NF4_BLOCK = 64  # weights that share a scale in NF4
 UNQUANTIZED_HEADS = ("lm_head", "classifier", "score", "head", "qa_outputs")
+# it warns of a faster kernel from a hub, which is not asked for; transformers may import it first
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class PackedWeight(Protocol):
@@ -241,8 +243,7 @@ def gguf_file(name: str) -> Path | None:
 
 @functools.cache
 def bitsandbytes() -> Any:
-    """Return bitsandbytes' functions; it warns of a faster kernel from a hub, which is not asked for."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """Return bitsandbytes' functions."""
     import bitsandbytes.functional
 
     return bitsandbytes.functional
