@@ -227,7 +227,7 @@ def chosen(asked: Iterable[str]) -> list[Path]:
         elif name in numbers:
             found.append(numbers[name])
         else:
-            near = _nearest_number(name, list(known)) or nearest(name, numbers)
+            near = _nearest_number(name, list(known)) or nearest(name, numbers) or "."
             message = f"there is no claim {name!r}{near} Claims: {', '.join(numbers)}; or a .toml file of your own"
             raise ConfigError(message, code="no_claim", field="claims")
     return list(dict.fromkeys(found))
