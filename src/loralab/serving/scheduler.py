@@ -207,7 +207,9 @@ class Scheduler:
             until = max(until, min(len(sequence.judged), latest))
         sequence.blocks = self.blocks.match(sequence.chain, sequence.tokens[:until])
         whole = len(sequence.blocks) * BLOCK_SIZE
-        source, count = self.blocks.begun(sequence.chain[len(sequence.blocks)], sequence.tokens[whole:until])
+        source, count = -1, 0
+        if sequence.scored is not None:  # an answer gains little, and would depend on who asked before
+            source, count = self.blocks.begun(sequence.chain[len(sequence.blocks)], sequence.tokens[whole:until])
         sequence.done = whole + count
         if sequence.scored is not None and self._is_being_read(sequence):
             return False
