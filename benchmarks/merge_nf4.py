@@ -35,10 +35,14 @@ def trained(arm: str, data: str, place: Path, steps: int, seed: int, turn: Turn 
         if turn is not None and event["kind"] == "step":
             turn({"tokens": event["tokens"]})
 
-    training = Training(
-        **ARMS[arm], max_steps=steps, batch_size=BATCH, max_length=LONGEST, evaluation_rows=1, seed=seed,
-        learning_rate=1e-3, save_every=steps,
-    )  # fmt: skip
+    options = {
+        "max_steps": steps,
+        "batch_size": BATCH,
+        "max_length": LONGEST,
+        "evaluation_rows": 1,
+        "save_every": steps,
+    }
+    training = Training(**ARMS[arm], **options, seed=seed, learning_rate=1e-3)
     return run_request(Request.of(MODEL, data, LoRA(), training, None), place, listener=listen)
 
 
