@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, as its documentation has it
 
 from loralab.adapters import folder
 from loralab.adapters.folder import CONFIG, RECORD, AdapterFolder
