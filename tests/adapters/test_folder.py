@@ -1,5 +1,6 @@
 """The adapter folder: peft reads ours, we read peft's, and nothing damaged or foreign is loaded."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -132,6 +133,21 @@ def test_saving_loading_and_saving_again_gives_the_same_bytes(tmp_path: Path) ->
     for file in (folder.TENSORS, folder.CONFIG):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert folder.read(tmp_path / "a").digest == folder.read(tmp_path / "b").digest
+
+
+def test_a_digest_is_that_of_all_bytes_one_tensor_after_the_other() -> None:
+    """However many of them, of whatever size, are hashed together."""
+    edge = folder.JOINED_BYTES // 2
+    tensors = {f"small.{number:03}": torch.full((number % 3,), number) for number in range(3 * folder.JOINED_PARTS)}
+    for name, size in {"a": edge - 1, "small.100.": edge, "small.101.": edge + 1, "z": 2 * edge}.items():
+        tensors[name] = torch.arange(size).bfloat16()
+    tensors |= {"one": torch.tensor(0.5), "none": torch.ones(0, 4), "turned": torch.rand(300, 90).T}
+    config = {"r": 8, "peft_type": "LORA"}
+    plain = json.dumps(config, sort_keys=True).encode()
+    for name, tensor in sorted(tensors.items()):
+        plain += f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        plain += tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    assert folder.content_digest(config, tensors) == hashlib.sha256(plain).hexdigest()
 
 
 NAMES = st.sampled_from(

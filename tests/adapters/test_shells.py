@@ -13,12 +13,13 @@ from tiny import IDS, fill, llama, logits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from loralab.adapters import shells
 from loralab.adapters.attach import attach
 from loralab.adapters.fingerprint import fingerprint
 from loralab.adapters.folder import CONFIG, RECORD, TENSORS
 from loralab.adapters.load import load
 from loralab.adapters.methods import IA3, AdaLoRA, BitFit, Bottleneck, LinearProbe, LoRA, Prefix
-from loralab.adapters.shells import plain_paths, unwrapped
+from loralab.adapters.shells import plain_paths, promise_fixed, unwrapped
 from loralab.errors import AdapterStateError, TargetError
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -136,6 +137,17 @@ def test_paths_lose_their_shells_wherever_they_stand() -> None:
     plain = plain_paths(nn.DataParallel(model))
     assert plain("module.model.layers.0._orig_mod.mlp.up_proj") == "model.layers.0.mlp.up_proj"
     assert fingerprint(model) == fingerprint(llama())
+
+
+def test_a_promise_spares_the_walk_and_is_not_taken_of_a_model_with_shells(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed, shelled, walks = llama(layers=2), compiled_blocks(llama(layers=2)), []
+    for model in (fixed, shelled):
+        promise_fixed(model)
+    walk = shells._has_shells
+    monkeypatch.setattr(shells, "_has_shells", lambda model: walks.append(model) or walk(model))
+    assert plain_paths(fixed)("model.layers.0.mlp") == "model.layers.0.mlp"
+    assert plain_paths(shelled)("model.layers.0._orig_mod.mlp") == "model.layers.0.mlp"
+    assert walks == [shelled]
 
 
 def test_names_select_through_shells() -> None:

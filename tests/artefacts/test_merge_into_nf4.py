@@ -13,10 +13,12 @@ from torch import nn
 from loralab.adapters.attach import attach
 from loralab.adapters.folder import RECORD, read_json
 from loralab.adapters.methods import LoRA
+from loralab.artefacts import requantize
 from loralab.artefacts.certificate import verify
 from loralab.artefacts.merge import merge
 from loralab.artefacts.merge_aware import packed_layers, put_on_grid
 from loralab.artefacts.verify import verify as verify_merge
+from loralab.errors import ConfigError, ModelError
 from loralab.models.kinds import CAUSAL
 from loralab.models.load import load
 from loralab.models.quantize import NF4, quantize
@@ -60,6 +62,23 @@ def test_the_codes_of_the_training_are_written_and_opened(adapter: Any, tmp_path
     assert record["training"]["merge_aware"] == "nf4"
     assert sum(record["retained"].values()) / 14 == pytest.approx(1, abs=0.1)
     assert verify(tmp_path / "out").passed
+
+
+def test_rows_of_no_whole_blocks_are_refused(tmp_path: Path, save_tiny: Any) -> None:
+    folder = save_tiny("narrow", llama(1, vocab_size=100, eos_token_id=2), True)
+    model = load(str(folder)).model
+    record = {"base": {"name": str(folder), "kind": CAUSAL}, "sample": [[5, 6, 7]]}
+    path = attach(model, LoRA(rank=2, target_modules=["v_proj"])).save(tmp_path / "a", record)
+    with pytest.raises(ConfigError) as refused:
+        merge(path, tmp_path / "out", quantize="nf4", force=True)
+    assert (refused.value.code, refused.value.field) == ("uneven_blocks", "quantize")
+    assert not (tmp_path / "out").exists()
+    written = load(str(folder)).model
+    requantize.pack(written)
+    requantize.save(written, folder)
+    with pytest.raises(ModelError) as unread:
+        load(str(folder))
+    assert (unread.value.code, unread.value.field) == ("uneven_blocks", "model")
 
 
 def test_another_merge_than_nf4_is_that_of_any_adapter(adapter: Any, tmp_path: Path) -> None:

@@ -56,6 +56,17 @@ def test_bits_a_weight(double: bool, bits: float) -> None:
     assert round(8 * NF4(weight, double=double).nbytes() / weight.numel(), 3) == bits
 
 
+@pytest.mark.parametrize("shape", [(6, 32), (5, 48), (3, 96), (4, 100), (3, 7), (4, 128)], ids=str)
+def test_every_weight_has_the_scale_of_its_block(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = NF4(torch.randn(shape) * torch.logspace(-2, 2, shape[0])[:, None])
+    codes = torch.stack([weight.data.flatten() >> 4, weight.data.flatten() & 15], dim=1).flatten().int()
+    scales = weight.scales().repeat_interleave(64)
+    count = shape[0] * shape[1]
+    want = torch.tensor(LEVELS)[codes[:count]] * scales[:count]
+    torch.testing.assert_close(weight.dequantize(), want.view(shape), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_layer_is_the_linear_layer_of_its_weight(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loralab.serving.blocks import BLOCK_SIZE, MIN_COPIED, BlockManager, chained_hashes
@@ -54,6 +54,7 @@ def test_more_alternatives_than_were_kept_are_computed(opened: Open) -> None:
         assert all(len(one.top) == alternatives for one in done.logprobs[1:])
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine draws slowly
 @given(
     st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=50), min_size=1, max_size=5),
     st.lists(st.integers(0, 1), min_size=1, max_size=50),

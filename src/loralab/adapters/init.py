@@ -1,8 +1,8 @@
 """Initial factors of a low-rank update.
 
 Sources: Kaiming with a = sqrt(5) is what the LoRA paper's code does, Gaussian what its text
-says (arXiv:2106.09685, section 4.1); A = 0 is Init[B] of arXiv:2406.08447 and arXiv:2602.06204,
-where A = 0 and B = 0 are called Init[B] and Init[A]; PiSSA is arXiv:2404.02948, equations 2 to 4.
+says (arXiv:2106.09685, section 4.1); A = 0 is Init[B] of arXiv:2406.08447 and arXiv:2602.06204;
+PiSSA is arXiv:2404.02948, equations 2 to 4.
 Axes: I in_features, O out_features, R rank. Everything is fp32 and drawn on the CPU, so that a
 seed gives the same numbers on every device.
 """

@@ -41,14 +41,15 @@ def moved(codes: Tensor, scales: Tensor, A: Tensor, B: Tensor, seed: int) -> Ten
 
 def _moved(codes: Tensor, scales: Tensor, A: Tensor, B: Tensor, seed: int) -> Tensor:
     """Return the codes (N / 2) as nf4.c moves them, a part of the rows at a time."""
-    found, width = torch.empty_like(codes), A.shape[1]
-    for rows in torch.arange(len(B)).split(max(1, CHUNK // width)):
-        first, last = int(rows[0]) * width, (int(rows[-1]) + 1) * width
-        unit = (B[rows.to(B.device)] @ A).view(-1, NF4_BLOCK)
+    found, width, first = torch.empty_like(codes), A.shape[1], 0
+    for rows in B.split(max(1, CHUNK // width)):
+        last = first + len(rows) * width
+        unit = (rows @ A).view(-1, NF4_BLOCK)
         scale = scales[first // NF4_BLOCK : last // NF4_BLOCK, None]
         unit = torch.where(scale == 0, 0.0, unit / scale).flatten()
         part = slice(first // 2, last // 2)
         found[part] = _rounded(codes[part], unit, thresholds(last - first, seed + first, codes.device))
+        first = last
     return found
 
 

@@ -66,10 +66,13 @@ def merge(
         raise ConfigError(f"{adapter}: {reason}", code="cannot_merge", field="adapter")
     base = live.base
     prompts = sample_of(live.stored.record, base)
-    reference = reference_of(base.model, prompts, base.kind, base.tokenizer)
-    plain, kept = _merged(live.adapter, packs=packs, force=force)
     if packs:  # what is written is compared with what was packed: that differs from the unpacked model
+        requantize.require_whole_blocks(base.model)
+        plain, kept = _merged(live.adapter, packs=packs, force=force)
         reference = reference_of(plain, prompts, base.kind, base.tokenizer)
+    else:
+        reference = reference_of(base.model, prompts, base.kind, base.tokenizer)
+        plain, kept = _merged(live.adapter, packs=packs, force=force)
     with proven_output(output) as rejected:
         with atomic.new_folder(rejected) as place:
             _write_model(live, plain, place, kept)

@@ -56,10 +56,10 @@ class Grid:
     @torch.no_grad()
     def kept(self, layer: LinearWithLoRA) -> float:
         """Return the part of the update D that is in the codes: <Q(W0 + D) - W0, D> / |D|^2."""
-        update = layer.delta().double()
-        moved = self.packed(layer).dequantize().double() - layer.base.unpacked().double()
-        norm = float(update.square().sum())
-        return float((moved * update).sum()) / norm if norm else 1.0
+        update = layer.delta().float()
+        moved = self.packed(layer).dequantize().float() - layer.base.unpacked().float()
+        norm = float(update.square().sum(dtype=torch.float64))
+        return float((moved * update).sum(dtype=torch.float64)) / norm if norm else 1.0
 
     def merged(self, layer: LinearWithLoRA) -> QuantizedLinear:
         """Return the packed layer that computes what this one does."""
@@ -136,10 +136,9 @@ def put_on_grid(adapter: Adapter) -> None:
 
 
 def suits_grid(adapter: Adapter) -> bool:
-    """Return whether every update of a packed layer can be merged along the NF4 grid, and there is one."""
+    """Return whether there are updates of layers in NF4, and all of these can be merged along its grid."""
     layers = [layer for _, layer in packed_layers(adapter)]
-    whole = all(layer.in_features % NF4_BLOCK == 0 and layer.magnitude is None for layer in layers)
-    return bool(layers) and whole
+    return bool(layers) and all(layer.magnitude is None for layer in layers)
 
 
 def take_off_grid(adapter: Adapter) -> None:

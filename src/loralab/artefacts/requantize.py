@@ -14,8 +14,15 @@ from torch import Tensor
 
 from loralab.adapters.adapter import Adapter
 from loralab.adapters.bases import dense_weight, is_linear
-from loralab.errors import CertificateError
-from loralab.models.quantize import UNQUANTIZED_HEADS, QuantizedLinear, quantize, retained_share
+from loralab.errors import CertificateError, ConfigError
+from loralab.models.quantize import (
+    NF4_BLOCK,
+    UNQUANTIZED_HEADS,
+    QuantizedLinear,
+    linear_layers,
+    quantize,
+    retained_share,
+)
 
 MIN_RETENTION = 0.9  # of an update that must survive
 NF4_CONFIG = {
@@ -50,22 +57,38 @@ def require_retention(kept: Mapping[str, float], *, on_grid: bool = False) -> No
         on_grid: whether the shares are spread by chance around all of it, so that their mean counts.
 
     Raises:
-        CertificateError: the least is below LEAST.
+        CertificateError: the least is below MIN_RETENTION.
     """
     if not kept:
         return
-    if on_grid:
-        kept = {"the layers": fmean(kept.values())}
+    values = sorted(kept.values())
     name = min(kept, key=lambda key: kept[key])
-    if kept[name] < MIN_RETENTION:
-        values = sorted(kept.values())
+    share, where = (fmean(values), "the mean layer") if on_grid else (kept[name], name)
+    if share < MIN_RETENTION:
         raise CertificateError(
-            f"4 bits would keep {kept[name]:.0%} of the update in {name} (median over "
+            f"4 bits would keep {share:.0%} of the update in {where} (median over "
             f"{len(values)} layers: {values[len(values) // 2]:.0%}; at least {MIN_RETENTION:.0%} is asked "
             "for); leave --quantize out for a 16-bit model, or --force it",
             code="update_lost",
             field="quantize",
         )
+
+
+def require_whole_blocks(model: Any) -> None:
+    """Refuse to pack rows that are no whole blocks, whose scales bitsandbytes misreads on some processors.
+
+    Raises:
+        ConfigError: a layer that would be packed has such rows.
+    """
+    packed = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
+    for path, layer in (*packed, *linear_layers(model)):
+        if layer.in_features % NF4_BLOCK:
+            raise ConfigError(
+                f"quantize nf4 needs rows of whole blocks of {NF4_BLOCK} weights, and {path.removesuffix('.base')} has "
+                f"rows of {layer.in_features}; leave --quantize out for a 16-bit model",
+                code="uneven_blocks",
+                field="quantize",
+            )
 
 
 def pack(model: Any) -> None:

@@ -43,7 +43,7 @@ from loralab.models.kinds import (
     require_text_or_pictures,
 )
 from loralab.models.plausible import require_plausible, require_weights
-from loralab.models.precision import cast, keep_statistics, require_precision
+from loralab.models.precision import cast, keep_statistics, require_precision, require_whole_blocks
 from loralab.models.reading import lean_reading
 from loralab.models.source import as_model_error, require_tokenizer_files, resolve
 from loralab.values import check_choice
@@ -131,6 +131,7 @@ def load(
                 ignore_mismatched_sizes=True,
                 **options,
             )
+    require_whole_blocks(name, model)
     cast(model, dtype)
     new_head = kind in HEADS and not has_head(config, kind)
     new = new_modules(name, model, report, new_head=new_head)

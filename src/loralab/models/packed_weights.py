@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loralab.errors import ModelError, format_value
+from loralab.models.quantize import bitsandbytes, unpack, unpack_scales
 from loralab.models.weights import Stream, Weights, whole
 
 STATE = ".quant_state.bitsandbytes__"
@@ -36,24 +37,16 @@ class FourBits:
 
     def longest_steps(self) -> Tensor:
         """Return the longest way between two levels, for each number of the whole weight."""
-        import bitsandbytes.functional as bnb
-
-        parts = {key: whole(stream) for key, stream in self.parts.items() if key != "data"}
-        state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
-        scales = state.absmax
-        if state.nested:
-            scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
-        longest = scales.float() * state.code.float().sort().values.diff().max()
+        state = _state(self)
+        longest = unpack_scales(state) * state.code.float().sort().values.diff().max()
         return longest.repeat_interleave(self.blocksize)[: math.prod(self.shape)].view(self.shape)
 
     def quantized(self, weight: Tensor) -> Tensor:
         """Quantize a whole weight in the same format, and dequantize it."""
-        import bitsandbytes.functional as bnb
-
-        packed, state = bnb.quantize_4bit(
+        packed, state = bitsandbytes().quantize_4bit(
             weight.contiguous(), blocksize=self.blocksize, compress_statistics=self.double, quant_type=self.codec
         )
-        return bnb.dequantize_4bit(packed, state).float()
+        return unpack(packed, state).float()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,9 +118,10 @@ def _four_bits(weights: Weights, path: str, parts: dict[str, Stream]) -> FourBit
 @lru_cache(maxsize=1)
 def _unpacked(weight: FourBits) -> Tensor:
     """Return the whole of the weight that was asked for last."""
-    import bitsandbytes.functional as bnb
+    return unpack(whole(weight.parts["data"]), _state(weight)).float()
 
-    parts = {key: whole(stream) for key, stream in weight.parts.items()}
-    data = parts.pop("data")
-    state = bnb.QuantState.from_dict(parts, device=torch.device("cpu"))
-    return bnb.dequantize_4bit(data, state).float().view(weight.shape)
+
+def _state(weight: FourBits) -> Any:
+    """Return shape and scales of a weight as bitsandbytes has them."""
+    parts = {key: whole(stream) for key, stream in weight.parts.items() if key != "data"}
+    return bitsandbytes().QuantState.from_dict(parts, device=torch.device("cpu"))

@@ -27,6 +27,26 @@ def require_precision(name: str, config: Any, dtype: torch.dtype) -> None:
         )
 
 
+def require_whole_blocks(name: str, model: Any) -> None:
+    """Refuse weights in 4 bits that bitsandbytes misreads on a processor: rows of no whole blocks.
+
+    With AVX-512 it takes every row to begin with a scale of its own.
+
+    Raises:
+        ModelError: the model has such rows, on a processor.
+    """
+    for path, layer in model.named_modules():
+        weight: Any = getattr(layer, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is not None and weight.device.type == "cpu" and state.shape[-1] % state.blocksize:
+            raise ModelError(
+                f"{name}: {path} has rows of {state.shape[-1]} weights, no whole blocks of {state.blocksize}, which "
+                "bitsandbytes misreads on a processor; take the model in 16 bits",
+                code="uneven_blocks",
+                field="model",
+            )
+
+
 def cast(model: Any, dtype: torch.dtype) -> None:
     """Bring the parameters to one dtype, but those that a family keeps in fp32 on purpose.
 

@@ -6,8 +6,10 @@ Axes: I in_features, O out_features; `...` any leading axes.
 """
 
 import copy
+import functools
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +25,8 @@ from loralab.models.gguf_blocks import GGUFBlocks, linear_tensors
 
 NF4_BLOCK = 64  # weights that share a scale in NF4
 UNQUANTIZED_HEADS = ("lm_head", "classifier", "score", "head", "qa_outputs")
+# it warns of a faster kernel from a hub, which is not asked for; transformers may import it first
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class PackedWeight(Protocol):
@@ -114,23 +118,17 @@ class NF4:
     """A weight in 4-bit NormalFloat, blocks of 64, scales in 8 bits (double quantisation)."""
 
     def __init__(self, weight: Tensor, *, double: bool = True) -> None:
-        bnb = _bitsandbytes()
-        self._dequantize = bnb.dequantize_4bit
-        self.data, self.state = bnb.quantize_4bit(
+        self.data, self.state = bitsandbytes().quantize_4bit(
             weight.detach().contiguous(), blocksize=NF4_BLOCK, compress_statistics=double, quant_type="nf4"
         )
 
     def dequantize(self) -> Tensor:
         """Return the weight, (O, I), in the dtype that it had."""
-        out: Tensor = self._dequantize(self.data, self.state)
-        return out
+        return unpack(self.data, self.state)
 
     def scales(self) -> Tensor:
         """Return the scale of each block in fp32, unpacked."""
-        if not self.state.nested:
-            return self.state.absmax.float()
-        found: Tensor = _bitsandbytes().dequantize_blockwise(self.state.absmax, self.state.state2)
-        return (found + self.state.offset).float()
+        return unpack_scales(self.state)
 
     def nbytes(self) -> int:
         """Return packed weights and scales; the two tables of levels are shared by all layers."""
@@ -155,6 +153,28 @@ class NF4:
 
     def __deepcopy__(self, known: dict[int, Any]) -> "NF4":
         return self.around(copy.deepcopy(self.data, known))
+
+
+def unpack(data: Tensor, state: Any) -> Tensor:
+    """Return a weight that bitsandbytes packed in 4 bits, in the dtype that it had.
+
+    With AVX-512 bitsandbytes takes every row to begin with a scale of its own, which is wrong where
+    rows are no whole blocks; of one long row it reads the right scales.
+    """
+    shape = state.shape
+    if shape[-1] % state.blocksize:
+        state = copy.copy(state)
+        state.shape = torch.Size([1, math.prod(shape)])
+    found: Tensor = bitsandbytes().dequantize_4bit(data, state)
+    return found.view(shape)
+
+
+def unpack_scales(state: Any) -> Tensor:
+    """Return the scale of each block in fp32."""
+    if not state.nested:
+        return state.absmax.float()
+    found: Tensor = bitsandbytes().dequantize_blockwise(state.absmax, state.state2)
+    return (found + state.offset).float()
 
 
 def quantize(model: Any, how: str, name: str) -> None:
@@ -221,9 +241,9 @@ def gguf_file(name: str) -> Path | None:
     return path if path is not None and path.suffix == ".gguf" and path.is_file() else None
 
 
-def _bitsandbytes() -> Any:
-    """Return bitsandbytes' functions; it warns of a faster kernel from a hub, which is not asked for."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+@functools.cache
+def bitsandbytes() -> Any:
+    """Return bitsandbytes' functions."""
     import bitsandbytes.functional
 
     return bitsandbytes.functional

@@ -362,10 +362,4 @@ int has_dots(void) { return 1; }
 int has_dots(void) { return 0; }
 #endif
 
-int has_tiles(void) {
-#ifdef TILES
-    return tiles_allowed();
-#else
-    return 0;
-#endif
-}
+int has_tiles(void) { return tiles_allowed(); }

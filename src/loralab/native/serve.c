@@ -224,14 +224,6 @@ static void place_token(const step *s, long layer, long i, const float *row, bf1
     for (long j = 0; j < wide_k; j++) m->values[offset + j] = down(row[wide_q + wide_k + j]);
 }
 
-static int ways(void) {
-#ifdef TILES
-    return tiles_allowed();
-#else
-    return 0;
-#endif
-}
-
 static void packed(const tokens *x) {
 #ifdef TILES
     if (x->pairs) pack(x);
@@ -326,7 +318,7 @@ void llama_step(const model *m, const batch *b, int threads) {
         .m = m, .b = b, .own = own, .pieces = pieces, .count = cut(b, pieces, own),
         .in = {h, h, h, wide_q, h, h, f}, .out = {wide_q, wide_k, wide_k, h, f, f, h}};
     common.ranks = most_ranks(&common);
-    uint32_t *pairs = ways() ? space(full(n, 16) * (deepest > h ? deepest : h) * 2) : NULL;
+    uint32_t *pairs = tiles_allowed() ? space(full(n, 16) * (deepest > h ? deepest : h) * 2) : NULL;
     bf16 *q = space(n * wide_q * 2);
     float *y = space(n * widest * 4);
     tokens normed = {space(n * h * 2), pairs, n, h}, seen = {space(n * wide_q * 2), pairs, n, wide_q};

@@ -117,5 +117,7 @@ static inline void tile_multiply(long m, long n, long pairs, const uint32_t *a, 
         }
 }
 
+#else
+static inline int tiles_allowed(void) { return 0; }
 #endif
 #endif

@@ -8,7 +8,7 @@ block. No tensors here: a block is a number.
 import hashlib
 import itertools
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Reversible, Sequence
 
 BLOCK_SIZE = 16  # places in a block
 MIN_COPIED = 4  # tokens for which a copy of a block's beginning is worth its while
@@ -110,9 +110,9 @@ class BlockManager:
         self._resting.pop(block, None)
 
 
-def longest_beginning(known: Collection[Tokens], tokens: Tokens) -> tuple[Tokens, int]:
+def longest_beginning(known: Reversible[Tokens], tokens: Tokens) -> tuple[Tokens, int]:
     """Return which of the latest known ones begins with the most of some tokens, and with how many."""
-    latest = itertools.islice(reversed([*known]), MAX_COMPARED)
+    latest = itertools.islice(reversed(known), MAX_COMPARED)
     return max(((one, _shared(one, tokens)) for one in latest), key=lambda pair: pair[1], default=((), 0))
 
 

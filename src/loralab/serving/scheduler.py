@@ -77,7 +77,7 @@ class Scheduler:
     """Sequences that wait and sequences that run.
 
     Args:
-        most_rows: that run at the same time.
+        max_sequences: that run at the same time.
         step_tokens: that go through the model in one step, decoding included.
         copy: copies the first places of a block (source, target, count) at once, so that beginnings which
             other sequences left in the cache are used; None where they may not be.
@@ -201,13 +201,15 @@ class Scheduler:
         Returns False, for what is scored, if more of it is just being read for another one.
         """
         until, latest = sequence.first_logit_position, len(sequence.tokens) - 1
-        sequence.chain = chained_hashes(sequence.key or "", sequence.tokens[:latest])
+        sequence.chain = chained_hashes(sequence.key or "", sequence.tokens[:latest], sequence.chain)
         if sequence.alternatives >= 0:
             sequence.judged = self.scores.known(sequence.chain, sequence.tokens, sequence.alternatives)
             until = max(until, min(len(sequence.judged), latest))
         sequence.blocks = self.blocks.match(sequence.chain, sequence.tokens[:until])
         whole = len(sequence.blocks) * BLOCK_SIZE
-        source, count = self.blocks.begun(sequence.chain[len(sequence.blocks)], sequence.tokens[whole:until])
+        source, count = -1, 0
+        if sequence.scored is not None:  # an answer gains little, and would depend on who asked before
+            source, count = self.blocks.begun(sequence.chain[len(sequence.blocks)], sequence.tokens[whole:until])
         sequence.done = whole + count
         if sequence.scored is not None and self._is_being_read(sequence):
             return False

@@ -109,12 +109,13 @@ def report(folder: str | Path, *, language: str = "en") -> Outcome:
         OutputError: the folder holds no study, or cannot be written.
     """
     from loralab.studies.claims import board
-    from loralab.studies.report import render
 
     folder, failed = Path(folder), {}
     if (folder / board.FILE).is_file():
         board.write_page(folder)
         return Outcome(folder=folder, answers={}, skipped={}, board=board.read(folder))
+    from loralab.studies.report import render
+
     sections = render(folder, language)
     for each in sections:
         if each.records and not any(record.status == DONE for record in each.records):

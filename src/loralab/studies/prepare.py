@@ -57,8 +57,7 @@ def base_of(setup: StudySetup, task: Task | None = None) -> Base:
     """Return the model of a study, as its task needs it, once its rows are known to be readable."""
     task = task or rows_of(setup)
     base = load_base(setup.model, task, "fp32", 0, image_size=setup.fields.get("image_size"))
-    longest = int(setup.fields.get("max_length", 512))
-    encode(task, "test", base.tokenizer, kind=base.kind, max_length=longest)
+    encode(task, "test", base.tokenizer, kind=base.kind, max_length=setup.max_length)
     if setup.metric:
         few = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, limit=2).metrics
         if setup.metric not in few:

@@ -47,8 +47,8 @@ class StudySetup:
     usual one. `metric` is what decides, where it is not the task's own. `quick` is one seed and fewer
     steps: an indication, not a result. Arms that can still be the best get more seeds, up to
     `seeds_max`. `margin` is the largest difference that does not matter: points of a score, percent
-    of a loss; None is 1. Runs have the seeds `first_seed` and those that follow. `general` is the text, or the other task, that forgetting is measured on;
-    empty is packaged data.
+    of a loss; None is 1. Runs have the seeds `first_seed` and those that follow. `general` is the
+    text, or the other task, that forgetting is measured on; empty is packaged data.
     """
 
     study: str
@@ -75,6 +75,11 @@ class StudySetup:
         if not (0 < self.seeds <= MOST_SEEDS and 0 <= self.seeds_max <= MOST_SEEDS):
             message = f"a study has 1 to {MOST_SEEDS} seeds, got seeds {self.seeds} and seeds_max {self.seeds_max}"
             raise ConfigError(message, code="wrong_value", field="seeds")
+
+    @property
+    def max_length(self) -> int:
+        """Return the longest row in tokens."""
+        return int(self.fields.get("max_length", 512))
 
     def chosen(self, known: Sequence[str], usual: Sequence[str]) -> list[str]:
         """Return what was asked for after --values, each once; where nothing was, the usual.

@@ -93,9 +93,9 @@ def _with_own_head(stored: AdapterFolder, base: Base, task: Task) -> tuple[Adapt
     saved = tuple(name for name in stored.config.modules_to_save if name not in heads)
     config = replace(stored.config, modules_to_save=saved)
     own = stored.record.get("task", {}).get("labels")
-    before = f"of {join_limited(map(str, own))}" if own else "of classes that it does not name" if own is None else ""
-    note = f"{stored.path}: its {join_limited(heads)} {before} is not taken; this run's own starts anew"
-    return replace(stored, tensors=tensors, config=config), (" ".join(note.split()),)
+    before = f" of {join_limited(map(str, own))}" if own else " of classes that it does not name" if own is None else ""
+    note = f"{stored.path}: its {join_limited(heads)}{before} is not taken; this run's own starts anew"
+    return replace(stored, tensors=tensors, config=config), (note,)
 
 
 def _fits(stored: AdapterFolder, base: Base, task: Task, heads: Sequence[str]) -> bool:

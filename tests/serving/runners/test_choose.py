@@ -34,6 +34,7 @@ from loralab.native.library import kernels
 from loralab.serving.kv_cache import KVCache
 from loralab.serving.opening import open_engine
 from loralab.serving.request import Sampling
+from loralab.serving.runners import choose
 from loralab.serving.runners.choose import ModelRunner, batch_of
 from loralab.serving.runners.native import NativeRunner, unsupported_reason
 from loralab.serving.scheduler import Chunk, TokenSequence
@@ -237,6 +238,36 @@ def test_long_prompts_go_through_the_packed_way_with_the_same_logits(packed_from
             assert float((mine - theirs).norm() / theirs.norm()) < 0.05
     runner.drop("a")
     assert [type(module) for module in model.modules()] == [type(module) for module in llama().modules()]
+
+
+@needs_dots
+@pytest.mark.parametrize(
+    ("slower", "found"),
+    [
+        ([], (math.inf, math.inf)),
+        ([(0, 128), (0, 512), (1920, 2048)], (128, math.inf)),  # deep ones are among the long ones
+        ([(0, 512), (1920, 2048)], (512, 2048)),
+        ([(1920, 2048)], (math.inf, 2048)),
+    ],
+)
+def test_long_chunks_go_the_way_that_was_quicker_for_such(
+    slower: list[tuple[int, int]], found: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "_is_slower", lambda *asked: asked[3:] in slower)
+    runner = ModelRunner(llama(), 32)
+    assert (runner.packed_from, runner.packed_beyond) == found
+    for start, stop in ((0, 31), (0, 128), (0, 512), (1919, 2047), (1920, 2048), (2049, 2050), (3000, 3200)):
+        chunk = Chunk(TokenSequence(number=0, key=None, tokens=[0] * stop), start, stop)
+        packed = stop - start >= found[0] or (stop - start >= 128 and stop >= found[1])
+        assert runner._is_compiled(chunk) is not packed, (start, stop)
+
+
+@needs_dots
+def test_a_cache_is_not_timed_with_prompts_that_it_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr(choose, "_seconds", lambda runner, batch: timed.append(batch.places[-1] + 1) or 1.0)
+    ModelRunner(llama(), 9)
+    assert sorted({*timed}) == [32, 128]
 
 
 @needs_dots

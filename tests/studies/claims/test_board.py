@@ -9,7 +9,7 @@ from studies.claims.planted import ARMS, Drawn, at_home, claim_file, right
 
 import loralab
 from loralab.cli import run
-from loralab.errors import ConfigError
+from loralab.errors import ConfigError, OutputError
 from loralab.studies import store
 from loralab.studies.claims import board, observations
 from loralab.studies.claims.conduct import register, require_same, write_board
@@ -93,6 +93,14 @@ def test_a_page_follows_from_its_board(drawn: Drawn) -> None:
     assert "**refuted**" in page
 
 
+@pytest.mark.parametrize("held", ["[{}]", '{"claim": 1}', "[", '[{"claim": 1, "verdict": "holds", "power": 1.0}]'])
+def test_a_damaged_board_is_named(tmp_path: Path, held: str) -> None:
+    (tmp_path / "board.json").write_text(held, encoding="utf-8")
+    with pytest.raises(OutputError) as refused:
+        loralab.report(tmp_path)
+    assert (refused.value.code, refused.value.field) == ("cannot_read", "board.json")
+
+
 def test_the_published_board_is_that_of_its_records_and_its_page_that_of_the_board() -> None:
     rows = board.read(DOCS)
     assert (DOCS / board.PAGE).read_text(encoding="utf-8") == board.page(rows)
@@ -138,6 +146,14 @@ def test_claims_are_run_resumed_locked_and_shown(
 )
 def test_what_has_no_effect_is_refused(tmp_path: Path, typed: list[str], code: int) -> None:
     assert run(["study", *typed, "--output-dir", str(tmp_path / "out")]) == code
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_files_of_one_number_are_refused_before_a_run(tmp_path: Path) -> None:
+    both = tuple(str(claim_file(tmp_path / name)) for name in ("one", "two"))
+    with pytest.raises(ConfigError) as refused:
+        loralab.study("claims", asked=StudyOptions(values=both), output_dir=tmp_path / "out")
+    assert (refused.value.code, refused.value.field) == ("given_twice", "claim 1")
     assert not (tmp_path / "out").exists()
 
 

@@ -20,12 +20,14 @@ def test_a_guess_holds_nothing_and_knowledge_everything() -> None:
 
 
 def test_a_trained_adapter_holds_some_of_what_it_has_seen(flat_llama_folder: Path, tmp_path: Path) -> None:
-    data = tmp_path / "strings.jsonl"
+    data, general = tmp_path / "strings.jsonl", tmp_path / "general.jsonl"
+    general.write_text('{"text": "a good film"}\n{"text": "a poor film"}\n', encoding="utf-8")
     rows = random_rows([" good", " bad", " fine", " poor"], 30, 6, seed=0)
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    fields = {"max_steps": 80, "learning_rate": 0.03, "method": "lora", "modules_to_save": ["lm_head"]}
-    setup = setup_of("grid", flat_llama_folder, data, rows={"train": 6, "validation": 5, "test": 5})
-    trial = Trial(measure=MEASURE_CAPACITY, setup=setup, arm=Arm(name="r=8", fields=fields), seed=0)
+    fields = {"max_steps": 60, "learning_rate": 0.03, "modules_to_save": ["lm_head"]}
+    few = {"train": 6, "validation": 5, "test": 5}
+    setup = setup_of("grid", flat_llama_folder, data, rows=few, fields=fields, general=str(general))
+    trial = Trial(measure=MEASURE_CAPACITY, setup=setup, arm=Arm(name="r=8", fields={"method": "lora"}), seed=0)
     record = measured(trial, tmp_path, lambda event: None)
     assert record.status == DONE, record.reason
     numbers = record.numbers

@@ -73,7 +73,7 @@ def test_nothing_is_left_behind() -> None:
 
 
 def test_a_study_measures_it_after_training(tiny_bert_folder: Path, noise_file: Path, tmp_path: Path) -> None:
-    fields = {"method": "lora", "rank": 1, "max_steps": 2, "precision": "bf16"}
+    fields = {"method": "lora", "rank": 1, "target_modules": ["value"], "max_steps": 2, "precision": "bf16"}
     setup = setup_of("init", tiny_bert_folder, noise_file)
     trial = Trial(measure=MEASURE_SHARPNESS, setup=setup, arm=Arm(name="r=1", fields=fields), seed=0)
     record = measured(trial, tmp_path, lambda event: None)

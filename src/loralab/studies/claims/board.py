@@ -29,11 +29,12 @@ def row_of(claim: Claim, found: Sequence[Observation]) -> dict[str, Any]:
     if not found:
         raise ValueError(f"claim {claim.claim} has no runs")
     own = estimate(claim, found)
+    verdict = decide(own, claim.direction, claim.threshold, claim.margin)
     return {
         "claim": claim.claim,
         "title": claim.title,
         "source": claim.source,
-        "verdict": _verdict(claim, found),
+        "verdict": verdict,
         "there": claim.there,
         "here": _number(own.value),
         "low": _number(own.low),
@@ -49,12 +50,12 @@ def row_of(claim: Claim, found: Sequence[Observation]) -> dict[str, Any]:
         "note": claim.note,
         "lost": sum(run.status != "done" for run in found),
         "at_edge": own.at_edge or any(run.edge for run in found),
-        "robustness": robustness(claim, found),
+        "robustness": _robustness(claim, found, verdict),
         "digest": claim.digest,
     }
 
 
-def robustness(claim: Claim, found: Sequence[Observation]) -> dict[str, str]:
+def _robustness(claim: Claim, found: Sequence[Observation], verdict: Verdict) -> dict[str, str]:
     """Return the verdicts of the checks that were registered beside the claim's own.
 
     "seeds" is the one verdict of all samples that lack a seed, or undecided where they differ; "margin" that
@@ -66,8 +67,7 @@ def robustness(claim: Claim, found: Sequence[Observation]) -> dict[str, str]:
         each = {_verdict(claim, [run for run in found if run.seed != seed]) for seed in seeds}
         checks[BY_SEED] = each.pop() if len(each) == 1 else "undecided"
     if BY_MARGIN in claim.robustness:
-        refuted = _verdict(claim, found) == "refuted"
-        factor = 2.0 if (claim.direction == WITHIN) == refuted else 0.5
+        factor = 2.0 if (claim.direction == WITHIN) == (verdict == "refuted") else 0.5
         checks[BY_MARGIN] = _verdict(replace(claim, margin=factor * claim.margin), found)
     return checks
 
@@ -102,10 +102,10 @@ def read(folder: Path) -> list[Row]:
     file = folder / FILE
     try:
         rows = json.loads(file.read_bytes())
-        if not all({"claim", "verdict", "power"} <= row.keys() for row in rows):
-            raise ValueError("a row lacks its keys")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise OutputError(f"{file} cannot be read: {error}", code="cannot_read", field=FILE) from None
+        page(rows)  # which reads every key
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        problem = f"a row lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise OutputError(f"{file} cannot be read: {problem}", code="cannot_read", field=FILE) from None
     return list(rows)
 
 

@@ -42,18 +42,18 @@ def decide_claims(
     _require_nothing_else({**vars(asked), **(others or {})})
     files = chosen(asked.values)
     claims = [read(file) for file in files]
+    _require_one_each(claims, files)
     seconds = parse_seconds(budget) if budget is not None else None
     conduct.require_place(folder, resume=resume)
     for claim in claims:
         require_same(folder, claim)
     with open_cluster(ray) as away, session(folder, seconds, listener, away) as own:
-        skipped = _unable(own, claims)
+        skipped, rows = _unable(own, claims), write_board(folder)
         for claim, file in zip(claims, files, strict=True):
             if claim.study not in skipped:
                 register(folder, claim, file)
                 own.run(setup_of(claim), arms_of(claim))
-                write_board(folder)
-    rows = write_board(folder)
+                rows = write_board(folder)
     decided = {row["claim"] for row in rows}
     unfinished = [claim.study for claim in claims if claim.claim not in decided and claim.study not in skipped]
     left = dict.fromkeys(unfinished, "runs are missing; go on with --resume")
@@ -93,6 +93,19 @@ def _require_nothing_else(given: Mapping[str, Any]) -> None:
             message = f"{name} has no effect on claims, whose runs are registered in their files"
             hint = f"copy one, change it and give it: loralab study {NAME} mine.toml"
             raise ConfigError(f"{message}; {hint}", code="no_effect", field=name)
+
+
+def _require_one_each(claims: Sequence[Claim], files: Sequence[Path]) -> None:
+    """Refuse two files of one number before hours are spent on the first.
+
+    Raises:
+        ConfigError: names both.
+    """
+    seen: dict[int, Path] = {}
+    for claim, file in zip(claims, files, strict=True):
+        if (other := seen.setdefault(claim.claim, file)) != file:
+            message = f"claim {claim.claim} is in {other} and in {file}; give one of them, or another number"
+            raise ConfigError(message, code="given_twice", field=f"claim {claim.claim}")
 
 
 def require_same(folder: Path, claim: Claim) -> None:

@@ -24,19 +24,23 @@ DIRECTIONS = ABOVE, BELOW, WITHIN = "above", "below", "within"
 READINGS = ROWS, NUMBER, BEST_RATE, EQUAL_LOSS = "rows", "number", "best_rate", "equal_loss"
 SCALES = PLAIN, POINTS, PERCENT, LOG10 = "plain", "points", "percent", "log10"
 CHECKS = BY_SEED, BY_MARGIN = "seeds", "margin"
-MEASURES = (
-    "trained",
-    "base",
-    "overlaps",
-    "full",
-    "tradeoff",
-    "merging",
-    "start",
-    "budget",
-    "count",
-    "nf4",
-    "gradients",
-)
+MEASURES = {
+    "trained": "loralab.studies.claims.trained:measure",
+    "base": "loralab.studies.trained:untrained",
+    "overlaps": "loralab.studies.measures.overlaps:measure",
+    "full": "loralab.studies.measures.spectra:measure",
+    "tradeoff": "loralab.studies.measures.tradeoff:measure",
+    "cuts": "loralab.studies.measures.cuts:measure_global",
+    "capacity": "loralab.studies.measures.capacity:measure",
+    "sharpness": "loralab.studies.measures.sharpness:measure",
+    "modules": "loralab.studies.measures.module_scores:measure",
+    "merging": "loralab.studies.measures.merging:measure",
+    "budget": "loralab.studies.measures.shrinking:measure",
+    "start": "loralab.studies.claims.exact:start",
+    "count": "loralab.studies.claims.exact:count",
+    "nf4": "loralab.studies.claims.exact:nf4",
+    "gradients": "loralab.studies.claims.exact:gradients",
+}
 MOST_MINUTES = 90.0
 
 
@@ -55,7 +59,7 @@ class Entry:
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        check_choice("measure", self.measure, MEASURES)
+        check_choice("measure", self.measure, tuple(MEASURES))
         object.__setattr__(self, "rates", tuple(self.rates))
         if any(not 0 < rate < 1e3 for rate in self.rates):
             raise ConfigError("rates must be positive", code="wrong_value", field="rates")
@@ -117,7 +121,7 @@ class Claim:
         exact: nothing is drawn at random; one run says all.
         first_seed: runs have the seeds first_seed, first_seed + 1, ...
         rates: multiples of the usual rate that a search begins with; none is that of every study.
-        minutes: what all its runs take at most.
+        minutes: what all its runs take at most, on two cores that do nothing else.
         robustness: the checks that stand beside the verdict: "seeds" leaves each seed out, "margin"
             takes twice or half the margin, whichever makes the same verdict harder to reach.
         digest: of the file; what ran under another one is not gone on with.
@@ -223,7 +227,7 @@ def chosen(asked: Iterable[str]) -> list[Path]:
         elif name in numbers:
             found.append(numbers[name])
         else:
-            near = _nearest_number(name, list(known)) or nearest(name, numbers)
+            near = _nearest_number(name, list(known)) or nearest(name, numbers) or "."
             message = f"there is no claim {name!r}{near} Claims: {', '.join(numbers)}; or a .toml file of your own"
             raise ConfigError(message, code="no_claim", field="claims")
     return list(dict.fromkeys(found))

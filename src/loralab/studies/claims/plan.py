@@ -4,26 +4,13 @@ from dataclasses import replace
 
 from loralab.errors import ConfigError
 from loralab.studies.catalog import RATES
-from loralab.studies.claims.form import Claim, Entry
+from loralab.studies.claims.form import MEASURES, Claim, Entry
 from loralab.studies.fields import configured
 from loralab.studies.study import Arm, StudySetup
 
 AT = " @ "  # between the name of a sweep and a rate
-MEASURES = {
-    "trained": "loralab.studies.claims.trained:measure",
-    "base": "loralab.studies.trained:untrained",
-    "overlaps": "loralab.studies.measures.overlaps:measure",
-    "full": "loralab.studies.measures.spectra:measure",
-    "tradeoff": "loralab.studies.measures.tradeoff:measure",
-    "merging": "loralab.studies.measures.merging:measure",
-    "budget": "loralab.studies.measures.shrinking:measure",
-    "start": "loralab.studies.claims.exact:start",
-    "count": "loralab.studies.claims.exact:count",
-    "nf4": "loralab.studies.claims.exact:nf4",
-    "gradients": "loralab.studies.claims.exact:gradients",
-}
-TRAINS = ("trained", "full", "budget")  # the fields of the arm
-PLAIN = ("base", "merging", "start", "count", "nf4", "gradients")  # measured once
+TRAINS = ("trained", "full", "budget", "cuts", "capacity", "sharpness")  # the fields of the arm
+PLAIN = ("base", "modules", "merging", "start", "count", "nf4", "gradients")  # measured once
 
 
 def setup_of(claim: Claim) -> StudySetup:

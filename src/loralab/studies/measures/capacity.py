@@ -26,12 +26,13 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """
     run = trained(trial, folder, tell)
     record, scores = scored(trial, run, folder), score_on(run, "train")
-    longest, tokenizer = int(trial.setup.fields.get("max_length", 512)), run.base.tokenizer
-    examples = encode(run.task, "train", tokenizer, kind=run.base.kind, max_length=longest).examples
+    tokenizer = run.base.tokenizer
+    examples = encode(run.task, "train", tokenizer, kind=run.base.kind, max_length=trial.setup.max_length).examples
     labels = [[label for label in example.labels if label != IGNORED] for example in examples]
     drawn = [label for own in labels for label in own if label != tokenizer.eos_token_id]
     nats = math.fsum(loss * len(own) for loss, own in zip(scores.row_losses, labels, strict=True))
-    bits, alphabet = memorised_bits(nats, len(drawn), len(set(drawn))), len(set(drawn))
+    alphabet = len(set(drawn))
+    bits = memorised_bits(nats, len(drawn), alphabet)
     numbers = {"bits": bits, "bits_per_parameter": bits / run.adapter.num_parameters, "alphabet": alphabet}
     return replace(record, numbers={**record.numbers, **numbers, "random_tokens": len(drawn)})
 

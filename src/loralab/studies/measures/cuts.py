@@ -10,8 +10,9 @@ from torch import Tensor
 from loralab.adapters.linear import LinearWithLoRA
 from loralab.adapters.spectrum import decompose
 from loralab.studies.measures.layers import low_rank
-from loralab.studies.study import Record, Trial
+from loralab.studies.study import Record, StudySetup, Trial
 from loralab.studies.trained import Tell, items_of, score_on, scored, trained
+from loralab.training.run import Run
 
 MEASURE_CUTS = "loralab.studies.measures.cuts:measure"
 CUTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
@@ -23,12 +24,8 @@ GLOBAL = "threshold "  # of the same numbers as CUT at most, shared out by one t
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train and score; then score every cut."""
     run = trained(trial, folder, tell)
-    layers, found = low_rank(run.adapter), {}
-    whole = {name: (module.lora_A.detach().clone(), module.lora_B.detach().clone()) for name, module in layers.items()}
-    for rank in (r for r in CUTS if r < trial.arm.fields["rank"]):
-        _put(layers, {name: truncated(A, B, rank) for name, (A, B) in whole.items()})
-        found[f"{CUT}{rank}"] = items_of(score_on(run, "test"), trial.setup.metric)
-    _put(layers, whole)
+    layers = low_rank(run.adapter)
+    found = _scored({f"{CUT}{rank}": dict.fromkeys(layers, rank) for rank in _below(trial)}, layers, run, trial.setup)
     record = scored(trial, run, folder)
     return replace(record, items={**record.items, **found})
 
@@ -36,19 +33,36 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
 def measure_global(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train and score; then score cuts of equal rank, and cuts of no more numbers by one threshold for all layers."""
     run = trained(trial, folder, tell)
-    layers, found, numbers = low_rank(run.adapter), {}, {}
-    whole = {name: (module.lora_A.detach().clone(), module.lora_B.detach().clone()) for name, module in layers.items()}
-    spectra = {name: layers[name].scaling * decompose(A, B)[1] for name, (A, B) in whole.items()}
-    costs = {name: A.shape[1] + B.shape[0] for name, (A, B) in whole.items()}
-    for rank in (r for r in CUTS if r < trial.arm.fields["rank"]):
-        ranks = global_ranks(spectra, costs, rank * sum(costs.values()))
-        for kind, own in ((CUT, dict.fromkeys(whole, rank)), (GLOBAL, ranks)):
-            _put(layers, {name: truncated(A, B, own[name]) for name, (A, B) in whole.items()})
-            found[f"{kind}{rank}"] = items_of(score_on(run, "test"), trial.setup.metric)
-            numbers[f"{kind}{rank} parameters"] = sum(own[name] * costs[name] for name in whole)
-    _put(layers, whole)
+    layers = low_rank(run.adapter)
+    spectra = {
+        name: own.scaling * decompose(own.lora_A.detach(), own.lora_B.detach())[1] for name, own in layers.items()
+    }
+    costs = {name: own.lora_A.shape[1] + own.lora_B.shape[0] for name, own in layers.items()}
+    cuts: dict[str, Mapping[str, int]] = {}
+    for rank in _below(trial):
+        cuts[f"{CUT}{rank}"] = dict.fromkeys(layers, rank)
+        cuts[f"{GLOBAL}{rank}"] = global_ranks(spectra, costs, rank * sum(costs.values()))
+    found = _scored(cuts, layers, run, trial.setup)
+    held = {f"{name} parameters": sum(ranks[n] * costs[n] for n in layers) for name, ranks in cuts.items()}
     record = scored(trial, run, folder)
-    return replace(record, items={**record.items, **found}, numbers={**record.numbers, **numbers})
+    return replace(record, items={**record.items, **found}, numbers={**record.numbers, **held})
+
+
+def _below(trial: Trial) -> list[int]:
+    return [rank for rank in CUTS if rank < trial.arm.fields["rank"]]
+
+
+def _scored(
+    cuts: Mapping[str, Mapping[str, int]], layers: Mapping[str, LinearWithLoRA], run: Run, setup: StudySetup
+) -> dict[str, list[float]]:
+    """Return the test rows' scores of each cut, given as ranks by layer; the adapter is whole again afterwards."""
+    whole = {name: (own.lora_A.detach().clone(), own.lora_B.detach().clone()) for name, own in layers.items()}
+    found = {}
+    for cut, ranks in cuts.items():
+        _put(layers, {name: truncated(A, B, ranks[name]) for name, (A, B) in whole.items()})
+        found[cut] = items_of(score_on(run, "test"), setup.metric)
+    _put(layers, whole)
+    return found
 
 
 def global_ranks(spectra: Mapping[str, Tensor], costs: Mapping[str, int], budget: int) -> dict[str, int]:

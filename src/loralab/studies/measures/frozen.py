@@ -38,8 +38,7 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
         raise ConfigError(text, code="other_metric", field="metric")
     base, task = base_for(trial.setup, "fp32")
     base.model.eval()
-    longest = int(trial.setup.fields.get("max_length", 512))
-    found = {split: features(base, task, split, longest) for split in task.splits}
+    found = {split: features(base, task, split, trial.setup.max_length) for split in task.splits}
     mean, spread = found["train"][0].mean(dim=0), found["train"][0].std(dim=0).clamp_min(1e-6)
     scaled = {split: ((x - mean) / spread, y) for split, (x, y) in found.items()}
     heads = [fitted(*scaled["train"], len(task.labels), penalty) for penalty in PENALTIES]

@@ -54,10 +54,9 @@ def scores_of(
     def measure(name: str) -> Callable[[Any, Any], None]:
         def seen(layer: nn.Module, given: Any) -> None:
             inputs = given[0].detach()
-            read = mask is not None and mask.shape == inputs.shape[:-1]
-            norms[name] = feature_norm(
-                _matrix(layer), inputs[mask.bool()] if read and mask is not None else inputs, draw
-            )
+            if mask is not None and mask.shape == inputs.shape[:-1]:
+                inputs = inputs[mask.bool()]
+            norms[name] = feature_norm(_matrix(layer), inputs, draw)
 
         return seen
 

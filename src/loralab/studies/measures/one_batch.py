@@ -16,8 +16,8 @@ ROWS = 16
 
 def first_rows(setup: StudySetup, base: Base, task: Task) -> dict[str, Tensor]:
     """Return the first rows of train as the model reads them, padded."""
-    longest, rows = int(setup.fields.get("max_length", 512)), task.splits["train"][:ROWS]
-    encoded = encode(task, "train", base.tokenizer, kind=base.kind, max_length=longest, rows=rows)
+    rows = task.splits["train"][:ROWS]
+    encoded = encode(task, "train", base.tokenizer, kind=base.kind, max_length=setup.max_length, rows=rows)
     return together(base, encoded.examples)
 
 
