@@ -124,13 +124,8 @@ def install(package: Package, *, progress: bool = False) -> None:
             _run(package, [*_installer(), "--only-binary", ":all:", *pinned], progress)
         else:
             _run(package, [*_downloader(), "--no-binary", package.name, "--dest", place, *pinned], progress)
-            _keep(Path(place) / package.archive, package.folder() / package.archive)
+            atomic.write_file(package.folder() / package.archive, (Path(place) / package.archive).read_bytes())
     importlib.invalidate_caches()
-
-
-def _keep(fetched: Path, final: Path) -> None:
-    """Give an archive its place; it is small enough to be read at once."""
-    atomic.write_file(final, fetched.read_bytes())
 
 
 def _installer() -> list[str]:

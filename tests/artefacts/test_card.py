@@ -72,11 +72,19 @@ def test_it_tells_how_to_load_it_in_four_libraries(trained: Path) -> None:
     for line in (
         'model = PeftModel.from_pretrained(base, "me/sums")',
         "vllm serve org/base --enable-lora --max-lora-rank 8 --lora-modules sums=me/sums",
-        "loralab export me/sums adapter-for-llama --to gguf",
+        "loralab export sums adapter-for-llama --to gguf",
         "hf download me/sums --local-dir sums",
         "loralab verify sums",
     ):
         assert line in text.splitlines(), line
+
+
+def test_a_classifier_has_lines_of_engines_that_run_it(trained: Path) -> None:
+    with_record(trained, base={"kind": "sequence-classification"}, task={"labels": ["a", "b", "c"]})
+    made = loralab.card(trained, base_model="org/base", repo="me/sums")
+    assert made.metadata["pipeline_tag"] == "text-classification"
+    assert 'from_pretrained("org/base", num_labels=3,' in made.text and "loralab evaluate --adapter sums" in made.text
+    assert not [line for line in made.text.splitlines() if line.startswith(("llama-cli", "vllm", "loralab generate"))]
 
 
 def test_a_method_that_peft_does_not_have_says_so(tiny_llama_folder: Path, sums_file: Path, tmp_path: Path) -> None:
@@ -96,6 +104,10 @@ def test_a_readme_of_somebody_stays(trained: Path) -> None:
         loralab.card(trained)
     assert error.value.code == "output_exists" and "## My data" in file.read_text(encoding="utf-8")
     assert loralab.card(trained, overwrite=True).text == first
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(OutputError):
+        loralab.card(trained)
 
 
 def test_a_card_changes_nothing_that_was_certified(trained: Path, tmp_path: Path) -> None:
@@ -117,6 +129,12 @@ def test_texts_of_a_folder_are_no_markup(trained: Path, text: str) -> None:
     rows = [line for line in made.text.splitlines() if line.startswith("| question |")]
     assert len(rows) == 1 and len(re.findall(r"(?<!\\)\|", rows[0])) == 3
     assert front_matter(made.text)["model-index"][0]["results"]
+
+
+def test_data_has_a_name_that_a_hub_takes(trained: Path) -> None:
+    with_record(trained, task={"name": "/data/影評 2.csv"})
+    (result,) = front_matter(loralab.card(trained).text)["model-index"][0]["results"]
+    assert result["dataset"] == {"type": "-2.csv", "name": "影評 2.csv", "split": "validation"}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def test_the_main_job_ends_with_its_numbers(
     assert result["rows"] == 6 and result["steps"] == 10 and result["merge"]["passed"]
     assert result["good"] == (result["accuracy_adapted"] - result["accuracy_base"] >= 0.1)
     assert (output / "merged" / "model.safetensors").is_file()
-    assert len([line for line in capsys.readouterr().err.splitlines() if line[:1].isdigit()]) == 4
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[0] for line in lines if line[:1].isdigit() and line[1:2] == " "] == ["1", "2", "3", "4"]
 
 
 def test_a_folder_of_something_else_is_not_written_anew(tmp_path: Path) -> None:

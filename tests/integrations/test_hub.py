@@ -52,6 +52,9 @@ def test_a_run_is_sent_with_its_card_and_without_its_logs(trained: Path, hub: Fa
 
 def test_a_readme_of_somebody_is_sent_as_it_is(trained: Path, hub: FakeHub) -> None:
     (trained / "README.md").write_text("mine\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        loralab.push(trained, "me/sums", license="mit")
+    assert (error.value.code, error.value.field, hub.private) == ("no_effect", "license", {})
     loralab.push(trained, "me/sums")
     assert hub.files["me/sums"]["README.md"] == b"mine\n"
 
@@ -82,11 +85,14 @@ def test_a_public_repository_takes_nothing_private(trained: Path, hub: FakeHub) 
     assert not loralab.push(trained, "me/sums", private=False).private
 
 
-@pytest.mark.parametrize("repo", ["sums", "a/b/c", "../x", ""])
+@pytest.mark.parametrize("repo", ["sums", "a/b/c", "../x", "me/a--b", "me/電影", ""])
 def test_an_id_that_is_none_is_refused(repo: str, trained: Path) -> None:
     with pytest.raises(ConfigError) as error:
         loralab.push(trained, repo)
     assert error.value.code == "not_an_id"
+    with pytest.raises(AdapterFileError) as missing:  # before anybody is asked
+        loralab.push(trained / "nowhere", "me/sums")
+    assert missing.value.code == "no_record"
 
 
 def test_a_hub_that_refuses_is_one_line(trained: Path, hub: FakeHub) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, as its documentation has it
 
 from loralab.adapters import folder
 from loralab.adapters.folder import CONFIG, RECORD, AdapterFolder
@@ -19,7 +21,6 @@ from loralab.errors import AdapterFileError, one_line
 from loralab.models import kinds
 from loralab.models.catalog import MODELS
 
-HUB_ID = re.compile(r"\w[\w\-.]*/\w[\w\-.]*")
 SNAPSHOT = re.compile(r"/models--([\w.\-]+?)--([\w.\-]+)/snapshots/")
 ADAPTER, MERGED, GGUF = "adapter", "merged", "gguf"
 
@@ -122,6 +123,15 @@ def read_artefact(
     )
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a text is like ORG/NAME, as the hub takes it."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
 def model_id(name: Any) -> str | None:
     """Return the id on the hub that a recorded name of a base stands for; None if it stands for none."""
     if not isinstance(name, str):
@@ -130,12 +140,12 @@ def model_id(name: Any) -> str | None:
         return MODELS[name].hub or None
     if found := SNAPSHOT.search(Path(name).as_posix()):
         return f"{found[1]}/{found[2]}"
-    return name if HUB_ID.fullmatch(name) else None  # folders are recorded as absolute paths
+    return name if is_hub_id(name) else None  # folders are recorded as absolute paths
 
 
 def _cached_data(name: Any) -> str | None:
     """Return a recorded name of data if it is that of the hub: it is also how a file would be called."""
-    if not isinstance(name, str) or not HUB_ID.fullmatch(name):
+    if not isinstance(name, str) or not is_hub_id(name):
         return None
     place = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
     return name if place.is_dir() else None

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from loralab import atomic
 from loralab.adapters.registry import spec_of_file
-from loralab.artefacts.artefact import ADAPTER, GGUF, HUB_ID, MERGED, Artefact, read_artefact
+from loralab.artefacts.artefact import ADAPTER, GGUF, MERGED, Artefact, is_hub_id, read_artefact
 from loralab.artefacts.card_text import body
 from loralab.errors import ConfigError, OutputError
 from loralab.models import kinds
@@ -75,7 +75,7 @@ def card(
     require_ids(base_model=base_model, dataset=dataset, repo=repo)
     artefact = read_artefact(Path(run), base_id=base_model, data_id=dataset, repo=repo)
     file = artefact.path / README
-    if not overwrite and file.exists() and not is_untouched(file):
+    if not overwrite and is_somebodys(file):
         raise OutputError(
             f"{file} was written or changed by somebody; --overwrite replaces it", code="output_exists", field="run"
         )
@@ -93,14 +93,17 @@ def require_ids(**given: str | None) -> None:
         ConfigError: one is not like ORG/NAME.
     """
     for name, value in given.items():
-        if value is not None and not HUB_ID.fullmatch(value):
+        if value is not None and not is_hub_id(value):
             raise ConfigError(f"{name} must be like ORG/NAME, got {value!r}", code="not_an_id", field=name)
 
 
-def is_untouched(file: Path) -> bool:
-    """Return whether a card is as `card` wrote it."""
-    text, mark, digest = file.read_text(encoding="utf-8", errors="replace").rpartition(MARK)
-    return bool(mark) and digest == _digest(text) + END
+def is_somebodys(file: Path) -> bool:
+    """Return whether there is something that `card` did not write, or that was changed since."""
+    try:
+        text, mark, digest = file.read_text(encoding="utf-8", errors="replace").rpartition(MARK)
+    except OSError:  # a folder, or a file that cannot be read
+        return file.exists()
+    return not mark or digest != _digest(text) + END
 
 
 def metadata_of(artefact: Artefact, license: str | None = None) -> ModelCardData:
@@ -139,7 +142,7 @@ def _results(artefact: Artefact) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=PIPELINES.get(artefact.kind, "other"),
-            dataset_type=artefact.data_id or re.sub(r"[^\w.\-]+", "-", name),
+            dataset_type=artefact.data_id or re.sub(r"[^\w.\-]+", "-", name, flags=re.ASCII),
             dataset_name=name,
             dataset_split=split,
             metric_type=METRICS.get(metric, metric),

@@ -108,18 +108,7 @@ def verify(artefact: str | Path, *, base: str | Path | None = None) -> Certifica
         CertificateError: it is not, or does not do, what was certified.
     """
     path = Path(artefact)
-    if not (path / RECORD).is_file():
-        raise AdapterFileError(
-            f"{path} has no {RECORD}; a merge by another tool is verified with --base and --adapter",
-            code="no_record",
-            field="path",
-        )
-    record = read_json(path / RECORD)
-    stored = record.get("certificate")
-    if not isinstance(stored, Mapping):
-        raise AdapterFileError(
-            f"{path} has no certificate; it was never compared with a model", code="no_certificate", field="path"
-        )
+    record = certified_record(path)
     _require_base(path, record, base)
     with _as_difference(path):
         changed = _changed_files(path, record)
@@ -127,11 +116,31 @@ def verify(artefact: str | Path, *, base: str | Path | None = None) -> Certifica
             raise CertificateError(
                 f"{path}: changed since it was certified: {join_limited(changed)}", code="changed", field=changed[0]
             )
-        reference = replace(Reference.read(path / REFERENCE), device=_device_of(stored))
+        reference = replace(Reference.read(path / REFERENCE), device=_device_of(record["certificate"]))
         certificate = _in_fresh_process(path, reference, base)
     if not certificate.passed:
         raise CertificateError(_verdict(path, certificate), code="not_equal", field="artefact")
     return replace(certificate, base=None if base is None else str(base))
+
+
+def certified_record(path: Path) -> dict[str, Any]:
+    """Return the record of an artefact that has a certificate.
+
+    Raises:
+        AdapterFileError: there is none at this place.
+    """
+    if not (path / RECORD).is_file():
+        raise AdapterFileError(
+            f"{path} has no {RECORD}; a merge by another tool is verified with --base and --adapter",
+            code="no_record",
+            field="path",
+        )
+    record = read_json(path / RECORD)
+    if not isinstance(record.get("certificate"), Mapping):
+        raise AdapterFileError(
+            f"{path} has no certificate; it was never compared with a model", code="no_certificate", field="path"
+        )
+    return record
 
 
 def _require_base(path: Path, record: Mapping[str, Any], base: str | Path | None) -> None:

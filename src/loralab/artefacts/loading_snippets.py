@@ -71,7 +71,8 @@ def _vllm(artefact: Artefact) -> Snippet:
         return Snippet(engine="vLLM", remark=_why_not(verdict))
     place, export = place_of(artefact), []
     if not verdict.as_it_is:
-        export, place = [f"loralab export {shlex.quote(place)} adapter-for-vllm --to vllm"], "adapter-for-vllm"
+        place = "adapter-for-vllm"
+        export = _exported(artefact, place, "vllm")
     rank = max((own.rank for own in updates(artefact.stored)), default=1)
     module = shlex.quote(f"{artefact.name}={place}")
     serve = f"vllm serve {_base(artefact)} --enable-lora --max-lora-rank {allowed_rank(rank)} --lora-modules {module}"
@@ -83,10 +84,9 @@ def _llama_cpp(artefact: Artefact) -> Snippet:
     if artefact.kind != CAUSAL or verdict.lasting:
         why = _why_not(verdict) if verdict.lasting else f"it runs no adapter of a base of kind {artefact.kind}"
         return Snippet(engine="llama.cpp", remark=why)
+    export = _exported(artefact, "adapter-for-llama", "gguf")
     return Snippet(
-        engine="llama.cpp",
-        code=f"loralab export {shlex.quote(place_of(artefact))} adapter-for-llama --to gguf\n"
-        f"llama-cli -m BASE.gguf --lora adapter-for-llama/{FILE}",
+        engine="llama.cpp", code="\n".join([*export, f"llama-cli -m BASE.gguf --lora adapter-for-llama/{FILE}"])
     )
 
 
@@ -119,6 +119,12 @@ def _of_gguf(artefact: Artefact) -> list[Snippet]:
         Snippet(engine="llama.cpp", code="\n".join([*get, f"llama-cli -m BASE.gguf --lora {place}/{FILE}"])),
         Snippet(engine="loralab", code="\n".join([*get, f"loralab verify {place}"])),
     ]
+
+
+def _exported(artefact: Artefact, output: str, to: str) -> list[str]:
+    """Return commands that write an adapter in another form; only a folder that is here can be read."""
+    get, place = _brought(artefact)
+    return [*get, f"loralab export {place} {output} --to {to}"]
 
 
 def _brought(artefact: Artefact) -> tuple[list[str], str]:

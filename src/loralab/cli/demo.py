@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 MODEL, DATA = "smollm2-135m", "movie-reviews"
 CLEARLY = 0.10  # points of accuracy that the adapted model must be ahead
 RESULT = "demo.json"  # marks a folder of ours, which is written anew
-STEP_LINES = 10  # steps between two lines
 
 
 @app.command()
@@ -64,6 +63,7 @@ class Demo:
         """Do it, show it, and return what was measured."""
         import loralab
         from loralab import atomic
+        from loralab.cli.progress import Bar
 
         started = time.perf_counter()
         _clear(self.output)
@@ -71,13 +71,14 @@ class Demo:
         self._say(f"1 scoring {self.model} on {self.rows} rows of {self.data} that it will not see ...")
         base = loralab.evaluate(model=self.model, data=self.data, evaluation=evaluation)
         self._say(f"2 training a LoRA for {self.steps} steps ...")
-        run = loralab.train(
-            model=self.model,
-            data=self.data,
-            output_dir=self.output / "adapter",
-            training=loralab.Training(max_steps=self.steps, batch_size=16, max_length=128, evaluation_rows=100),
-            listener=self._step,
-        )
+        with Bar(quiet=self.quiet) as bar:
+            run = loralab.train(
+                model=self.model,
+                data=self.data,
+                output_dir=self.output / "adapter",
+                training=loralab.Training(max_steps=self.steps, batch_size=16, max_length=128, evaluation_rows=100),
+                listener=bar,
+            )
         self._say("3 scoring the adapted model on the same rows ...")
         adapted = loralab.evaluate(adapter=self.output / "adapter", data=self.data, evaluation=evaluation)
         self._say("4 merging, and comparing in a fresh process ...")
@@ -87,18 +88,13 @@ class Demo:
         if not self.quiet:
             _show(result, self.output)
             _show_turned(base, adapted)
-            print("next:" if result["good"] else "not good enough: the gain is below 10 points, or the merge differs")
-            print(*_next(self.output) if result["good"] else (), sep="\n")
+            poor = "not good enough: the gain is below 10 points, or the merge differs"
+            print("\n".join(["next:", *_next(self.output)]) if result["good"] else poor)
         return result
 
     def _say(self, text: str) -> None:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
-
-    def _step(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "step" and event["step"] % STEP_LINES == 0:
-            text = f"  step {event['step']}/{event['steps']}  loss {event['loss']:.3f}  "
-            self._say(f"{text}{event['tokens_per_second']:.0f} tokens/s  {event['seconds_left']:.0f} s left")
 
 
 def _clear(output: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 
-from loralab.adapters.folder import CONFIG, RECORD, TENSORS, read_json
-from loralab.artefacts.card import README, card, is_untouched, require_ids
-from loralab.artefacts.certificate import REFERENCE, verify
+from loralab.adapters.folder import CONFIG, RECORD, TENSORS
+from loralab.artefacts.artefact import Artefact, read_artefact
+from loralab.artefacts.card import README, card, is_somebodys, require_ids
+from loralab.artefacts.certificate import REFERENCE, certified_record, verify
 from loralab.errors import ConfigError, LoralabError, TransferError
 
 PROVEN = (RECORD, REFERENCE, README)
@@ -59,30 +60,43 @@ def push(
         CertificateError: it no longer does what was certified; nothing has been sent.
         TransferError: the hub cannot be reached, or refuses.
     """
-    require_ids(repo=repo)
+    require_ids(repo=repo, base_model=base_model, dataset=dataset)
     path, api = Path(run), huggingface_hub.HfApi()
+    certified_record(path)
+    if written := is_somebodys(path / README):
+        _require_no_effect(path / README, base_model=base_model, license=license, dataset=dataset)
     with _explained(repo):
         api.whoami()
         private = _visibility(api, repo, private)
     verify(path, base=base)
-    if not (path / README).exists() or is_untouched(path / README):
+    if not written:
         card(path, base_model=base_model, license=license, dataset=dataset, repo=repo)
-    files = files_of(path)
+    artefact = read_artefact(path)
+    files = files_of(artefact)
     with _explained(repo):
         url = str(api.create_repo(repo, private=private, exist_ok=True))
         api.upload_folder(
             repo_id=repo, folder_path=path, allow_patterns=list(files), ignore_patterns=["*/*"], commit_message=message
         )
-    return Pushed(url=url, repo=repo, private=private, files=files, notes=tuple(_notes(path)))
+    return Pushed(url=url, repo=repo, private=private, files=files, notes=tuple(_notes(artefact)))
 
 
-def files_of(path: Path) -> tuple[str, ...]:
+def files_of(artefact: Artefact) -> tuple[str, ...]:
     """Return the files of an artefact, of which checkpoints, logs and settings of a run are none."""
-    if (path / CONFIG).is_file():
-        names = {CONFIG, TENSORS, *PROVEN}
-    else:
-        names = {*read_json(path / RECORD).get("files", {}), *PROVEN}
-    return tuple(sorted(name for name in names if (path / name).is_file()))
+    own = (CONFIG, TENSORS) if artefact.stored else artefact.part("files")
+    return tuple(sorted(name for name in {*own, *PROVEN} if (artefact.path / name).is_file()))
+
+
+def _require_no_effect(file: Path, **given: str | None) -> None:
+    """Refuse fields of a card that is not written.
+
+    Raises:
+        ConfigError: one is given.
+    """
+    for name, value in given.items():
+        if value is not None:
+            text = f"{name} is of a card, and {file} was written or changed by somebody, and is sent as it is"
+            raise ConfigError(f"{text}; `loralab card --overwrite` replaces it", code="no_effect", field=name)
 
 
 def _visibility(api: Any, repo: str, private: bool) -> bool:
@@ -100,11 +114,10 @@ def _visibility(api: Any, repo: str, private: bool) -> bool:
     return found
 
 
-def _notes(path: Path) -> Iterator[str]:
-    record = read_json(path / RECORD)
-    if sample := record.get("sample"):
+def _notes(artefact: Artefact) -> Iterator[str]:
+    if sample := artefact.record.get("sample"):
         yield f"{RECORD} and {REFERENCE} hold {len(sample)} prompts of the data, as token ids"
-    base = record.get("base", {}).get("name")
+    base = artefact.part("base").get("name")
     if isinstance(base, str) and Path(base).is_absolute():
         yield f"the base is recorded as {base}, which is here alone; others give theirs with --base or --model"
 
