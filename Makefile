@@ -1,4 +1,4 @@
-# setup: .venv with everything that development needs    demo: the main job, about three minutes
+# setup: .venv with everything that development needs    demo: the main job, about four minutes
 # demo-tasks: ten adapters trained together and served
 # test: tests, linter, formatter, types                  bench: ours against the peers, one file a claim
 # clients: the ecosystem's tools against a server, each in an environment of its own (docs/clients.md)

@@ -231,6 +231,17 @@ static void packed(const tokens *x) {
     (void)x;
 }
 
+/* What a projection has given is added to every token, and the sum normed for what comes next. */
+static void settle_all(const step *s, const float *y, const bf16 *weight, float *row, bf16 *normed) {
+    long n = s->b->n, h = s->m->h;
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (long i = 0; i < n; i++) {
+        gather(y + i * 16, n, h, row);
+        settle(s->b->x + i * h, row, h, weight, (float)s->m->eps, normed + i * h);
+    }
+}
+
 /* A thread's part of all layers, and of the head. */
 static void run(step *s, tokens *normed, tokens *seen, tokens *inner, tokens *asked, bf16 *q,
                 float *y, float *row, float *scores, long room) {
@@ -268,12 +279,7 @@ static void run(step *s, tokens *normed, tokens *seen, tokens *inner, tokens *as
         packed(seen);
         lower(s, layer, UO, UO, looked);
         project(s, layer, UO, seen, y);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (long i = 0; i < n; i++) {
-            gather(y + i * 16, n, h, row);
-            settle(b->x + i * h, row, h, w[NORM2], eps, x + i * h);
-        }
+        settle_all(s, y, w[NORM2], row, x);
         packed(normed);
         lower(s, layer, UGATE, UUP, x);
         project(s, layer, UGATE, normed, y);
@@ -292,12 +298,7 @@ static void run(step *s, tokens *normed, tokens *seen, tokens *inner, tokens *as
         packed(inner);
         lower(s, layer, UDOWN, UDOWN, gated);
         project(s, layer, UDOWN, inner, y);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (long i = 0; i < n; i++) {
-            gather(y + i * 16, n, h, row);
-            settle(b->x + i * h, row, h, next, eps, x + i * h);
-        }
+        settle_all(s, y, next, row, x);
     }
     /* the asked rows side by side, so that the head is read once */
 #pragma omp for schedule(static)

@@ -13,7 +13,7 @@ Verdict = Literal["holds", "refuted", "undecided"]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a reading gives: a value, its 95 % interval, and its standard error; all zero wide where it is exact.
+    """Value of a reading, its 95 % interval and standard error; all zero wide where it is exact.
 
     `at_edge` is whether a best learning rate lies at the edge of what was tried: the value is a bound then.
     """
