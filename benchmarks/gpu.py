@@ -1,7 +1,7 @@
 """loralab on a GPU: agreement with the plain model, and training steps against peft + Trainer.
 
 Each part runs in a process of its own with a time limit, so that none takes another down, and all
-of them end within six minutes. Models have random weights in real shapes: nothing is downloaded.
+of them end within six minutes (`--seconds`). Models have random weights in real shapes: nothing is downloaded.
 
     agreement  loss and gradient of each forward path against the plain model, rows of mixed length
     methods    loss and gradient of each method on the GPU against fp32 on the processor, then a
@@ -13,7 +13,7 @@ of them end within six minutes. Models have random weights in real shapes: nothi
     decode     tokens a second of batches of 1 to 128 rows with ten adapters, against peft's generate
 
     python benchmarks/gpu.py [--parts agreement methods tests train qlora decode] [--shapes 135m 1b 8b]
-        [--json FILE] [--device cpu] [--tiny]
+        [--seconds 340] [--json FILE] [--device cpu] [--tiny]
 
 Without a GPU it says so and ends with exit code 2, unless --device cpu is given.
 """
@@ -223,7 +223,7 @@ def tests(device: torch.device, tiny: bool) -> Iterator[Line]:
     if importlib.util.find_spec("pytest") is None or not places[0].is_dir():
         yield {"case": "pytest", "ok": None, "reason": "pytest or the tests are not here"}
         return
-    picked = ["-k", "test_thin"] if tiny else ["-m", "not slow"]
+    picked = ["-k", "test_skinny"] if tiny else ["-m", "not slow"]
     for place in places:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE", "-W", "default"]
         command += [*picked, str(place)]
@@ -357,6 +357,7 @@ def options() -> argparse.Namespace:
     known.add_argument("--tiny", action="store_true", help="tiny shapes, few steps: a trial")
     known.add_argument("--parts", nargs="+", choices=[*LIMITS], default=[*LIMITS])
     known.add_argument("--shapes", nargs="+", choices=[*SHAPES], default=["135m", "1b", "8b"])
+    known.add_argument("--seconds", type=float, default=SECONDS, help="for everything; the last parts may be cut short")
     known.add_argument("--part", help=argparse.SUPPRESS)
     known.add_argument("--out", help=argparse.SUPPRESS)
     known.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
@@ -383,7 +384,7 @@ def main() -> int:
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for number, part in enumerate(parts):
-            left = slack * SECONDS - (time.perf_counter() - begun)  # parts that come late may be cut short
+            left = slack * chosen.seconds - (time.perf_counter() - begun)  # parts that come late may be cut short
             limit = min(slack * LIMITS[part.partition(":")[0]], left)
             lines += run_part(part, chosen, limit, Path(folder) / f"{number}.jsonl")
     title = "loralab on a GPU" if chosen.device == "cuda" else "A trial on the processor"
