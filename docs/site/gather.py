@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ CHINESE = ".zh-TW.md"
 START = {"README.md": "index.md", "README.zh-TW.md": "index.zh-TW.md"}
 ENGLISH_ONLY = '!!! note "本頁尚無中文版，以下是英文原文。"\n'
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
-CODE = re.compile(r"^(`{3,}).*?^\1`*\s*$|(?<!`)(`+)(?!`).*?(?<!`)\2(?!`)", re.S | re.M)
+# to Python-Markdown a list begins below an empty line only
+TIGHT_LIST = re.compile(r"^(?!- |[|#>\s]|\d+\. )(.+)\n(?=- )", re.M)
+BLOCK = r"^(`{3,}).*?^\1`*[ \t]*$"
+CODE = re.compile(BLOCK + r"|(?<!`)(`+)(?!`).*?(?<!`)\2(?!`)", re.S | re.M)
 LANGUAGES = {".py": "python", ".h": "c", ".c": "c", ".mjs": "javascript", ".toml": "toml", ".sh": "sh"}
 
 
@@ -78,7 +82,8 @@ def page(path: Path) -> tuple[str, list[Path]]:
         where = os.path.relpath(page_of(target), Path(page_of(path)).parent)
         return where + (link[2] or "")
 
-    return outside_code(path.read_text(encoding="utf-8"), lambda text: LINK.sub(moved, text)), targets
+    text = outside(re.compile(BLOCK, re.S | re.M), path.read_text(encoding="utf-8"), partial(TIGHT_LIST.sub, r"\1\n\n"))
+    return outside(CODE, text, partial(LINK.sub, moved)), targets
 
 
 def page_of(path: Path) -> str:
@@ -111,10 +116,10 @@ def front(path: Path) -> str:
     return f"---\ntitle: {path.name}\nsearch:\n  exclude: true\n---\n\n# `{name}`\n\n"
 
 
-def outside_code(text: str, change: Any) -> str:
-    """Apply a function to all that is no code block and no code in a line."""
+def outside(pattern: re.Pattern[str], text: str, change: Callable[[str], str]) -> str:
+    """Apply a function to what stands between the matches of a pattern, such as code."""
     parts, end = [], 0
-    for code in CODE.finditer(text):
+    for code in pattern.finditer(text):
         parts += [change(text[end : code.start()]), code[0]]
         end = code.end()
     return "".join([*parts, change(text[end:])])
