@@ -149,10 +149,11 @@ def read_runs(folder: Path) -> list[Run]:
 
 def collect(folder: Path) -> int:
     """Write what predict reads from all sweeps that have come to their end; return how many."""
+    found = [(sweep, folder / name, read_runs(folder / name)) for name, sweep in SWEEPS.items()]
     whole = [
-        (sweep, json.loads((folder / name / "features.json").read_text()), runs)
-        for name, sweep in SWEEPS.items()
-        if (runs := read_runs(folder / name)) and not missing(sweep, runs)
+        (sweep, json.loads((place / "features.json").read_text()), runs)
+        for sweep, place, runs in found
+        if any(run["losses"] for run in runs) and not missing(sweep, runs)
     ]
     sweeps = [_stored(sweep, held["features"], runs) for sweep, held, runs in whole]
     lines = ",\n".join(json.dumps(each) for each in sweeps)

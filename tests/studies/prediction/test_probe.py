@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from loralab.errors import DataError
+from loralab.errors import DataError, ModelError
 from loralab.studies.prediction.probe import (
     METHOD,
     PARTS,
@@ -14,6 +15,7 @@ from loralab.studies.prediction.probe import (
     STEPS,
     chosen,
     features_of,
+    hidden_size,
     lowest,
     noise_share,
     participation,
@@ -96,3 +98,9 @@ def test_the_lowest_point_of_a_parabola() -> None:
     steps = [10**-3.0, 10**-2.5, 10**-2.0, 10**-1.5]
     losses = [(n / 2 - 0.6) ** 2 for n in range(4)]
     assert lowest(steps, losses) == pytest.approx(10 ** (-3 + 0.6))
+
+
+def test_a_model_without_a_width_is_named() -> None:
+    with pytest.raises(ModelError) as caught:
+        hidden_size(SimpleNamespace(config=SimpleNamespace(depths=[1, 2])))
+    assert caught.value.code == "no_width"

@@ -58,6 +58,9 @@ def test_diverged_runs_count_as_nothing_known() -> None:
     lost = replace(found, runs=tuple(replace(r, loss=math.inf) if r.rate > 0.05 else r for r in found.runs))
     assert lost.best_rate(4) == pytest.approx(1e-3)
     assert math.isfinite(lost.loss_at(4, 0.1))
+    without = replace(found, runs=tuple(replace(r, loss=math.inf) if r.rank == 64 else r for r in found.runs))
+    assert list(without.curves) == [1, 4, 16]
+    assert without.loss_at(64, 1e-3) == found.loss_at(16, 1e-3)
 
 
 def test_a_sweep_is_read_as_it_was_written(tmp_path: Path) -> None:

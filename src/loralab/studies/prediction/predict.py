@@ -1,15 +1,16 @@
 """predict(): the best learning rate and the smallest sufficient rank, without a sweep."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from loralab.models.given import restored_after
 from loralab.studies.prediction.judge import judge
 from loralab.studies.prediction.law import MIN_DATA_SETS, Estimate, require_data_sets
 from loralab.studies.prediction.laws import RANKED, Oracle, Question, power_of_two
-from loralab.studies.prediction.probe import BACKWARD, FORWARD, METHOD, Features, features_of
+from loralab.studies.prediction.probe import BACKWARD, FORWARD, METHOD, Features, features_of, require_rows
 from loralab.studies.prediction.sweeps import SweepRecord, read_sweeps
+from loralab.tasks import catalog
 from loralab.training import preflight
 from loralab.training.objects import detached_after
 from loralab.training.request import Request
@@ -111,8 +112,10 @@ def prepared_features(
         InputError: the model or the data is wrong, or has too few rows.
     """
     request = Request.of(model, data, METHOD, Training(max_steps=max_steps), mapping, tokenizer, "probe")
+    task = request.task or catalog.find(request.data, mapping=request.mapping, seed=request.training.seed)
+    require_rows(len(task.splits["train"]))  # before the model is loaded
     with restored_after(request.given):
-        prepared = preflight.prepare(request)
+        prepared = preflight.prepare(replace(request, task=task))
         with detached_after(prepared.base, prepared.adapter):
             return features_of(prepared), prepared.steps
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loralab.adapters.methods import LoRA
-from loralab.errors import DataError
+from loralab.errors import DataError, ModelError
 from loralab.tasks.examples import Example
 from loralab.tasks.forward import answer_loss
 from loralab.training.preflight import PreparedRun
@@ -48,6 +48,7 @@ def features_of(run: PreparedRun) -> Features:
 
     Raises:
         DataError: there are fewer than ROWS rows to train on.
+        ModelError: the model has no single width.
     """
     examples = chosen(run.encoded.examples)
     named = run.adapter.named_parameters()
@@ -73,15 +74,20 @@ def features_of(run: PreparedRun) -> Features:
 
 
 def chosen(examples: Sequence[Example]) -> Sequence[Example]:
-    """Return the first ROWS examples: a fair sample, since splits are ordered by a hash.
+    """Return the first ROWS examples: a fair sample, since splits are ordered by a hash; errors as `require_rows`."""
+    require_rows(len(examples))
+    return examples[:ROWS]
+
+
+def require_rows(count: int) -> None:
+    """Refuse to predict from fewer than ROWS rows.
 
     Raises:
         DataError: there are fewer.
     """
-    if len(examples) < ROWS:
-        message = f"a prediction needs {ROWS} rows to train on, and there are {len(examples)}; give more data"
+    if count < ROWS:
+        message = f"a prediction needs {ROWS} rows to train on, and there are {count}; give more data"
         raise DataError(message, code="few_rows", field="data")
-    return examples[:ROWS]
 
 
 def mean_loss(run: PreparedRun, examples: Sequence[Example]) -> Tensor:
@@ -144,6 +150,14 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def hidden_size(model: Any) -> int:
-    """Return the width of a model; of one with several configurations that of its text."""
+    """Return the width of a model; of one with several configurations that of its text.
+
+    Raises:
+        ModelError: its configuration has no width.
+    """
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return int(getattr(config, "hidden_size", None) or config.d_model)
+    found = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
+    if found is None:
+        message = f"the configuration of {type(model).__name__} has no hidden_size, which a prediction stands on"
+        raise ModelError(message, code="no_width", field="model")
+    return int(found)

@@ -20,7 +20,7 @@ MARGIN = 0.01  # of the best loss: a rank that lacks no more is sufficient
 
 @dataclass(frozen=True, kw_only=True)
 class SweptRun:
-    """A run of a sweep: its validation loss, and how uncertain its distance to the sweep's best run is over rows."""
+    """A run of a sweep: its validation loss, infinite where it diverged, and how uncertain its distance to the sweep's best run is over rows."""
 
     rank: int
     rate: float
@@ -48,8 +48,8 @@ class SweepRecord:
 
     @cached_property
     def curves(self) -> dict[int, list[SweptRun]]:
-        """Return the runs of each rank, by rising rate; runs that diverged have an infinite loss."""
-        ranks = sorted({run.rank for run in self.runs})
+        """Return the runs of each rank, by rising rate; ranks whose runs all diverged are left out."""
+        ranks = sorted({run.rank for run in self.runs if math.isfinite(run.loss)})
         return {rank: sorted((r for r in self.runs if r.rank == rank), key=lambda r: r.rate) for rank in ranks}
 
     @property
