@@ -49,6 +49,7 @@ TORCH_FREE = [
     "serving/request.py",
     "serving/settings.py",
     "training/settings.py",
+    "training/trackers.py",
     "errors.py",
     "serving/http/keys.py",
     "atomic.py",
