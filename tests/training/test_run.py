@@ -249,3 +249,23 @@ def test_a_package_that_only_writes_is_asked_for_by_name(
         tiny_train()
     assert (error.value.code, error.value.field) == ("missing_package", "tomli-w")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_folder_is_only_read(tiny_train: Train, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Neither training nor a merge writes beside the model, or needs to."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama_folder, base)
+    for file in (*base.iterdir(), base):
+        file.chmod(0o555 if file.is_dir() else 0o444)
+
+    def state() -> dict[str, tuple[int, int]]:
+        return {str(f): (f.stat().st_mtime_ns, f.stat().st_mode) for f in (base, *base.rglob("*"))}
+
+    before = state()
+    try:
+        run = tiny_train(model=str(base), max_steps=2)
+        merged = loralab.merge(run.output_dir, tmp_path / "merged")
+        assert merged.certificate.passed and state() == before
+        (tmp_path / "merged" / "config.json").write_text("{}", encoding="utf-8")  # which is not read-only with it
+    finally:
+        base.chmod(0o755)
