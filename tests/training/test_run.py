@@ -264,8 +264,8 @@ def test_a_model_folder_is_only_read(tiny_train: Train, tiny_llama_folder: Path,
     before = state()
     try:
         run = tiny_train(model=str(base), max_steps=2)
-        merged = loralab.merge(run.output_dir, tmp_path / "merged")
-        assert merged.certificate.passed and state() == before
+        certificate = loralab.merge(run.output_dir, tmp_path / "merged")
+        assert certificate.passed and state() == before
         (tmp_path / "merged" / "config.json").write_text("{}", encoding="utf-8")  # which is not read-only with it
     finally:
         base.chmod(0o755)
