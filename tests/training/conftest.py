@@ -58,8 +58,9 @@ def train_in(tiny_llama_folder: Path, sums: Path) -> Callable[..., Run]:
         usual = {"model": str(tiny_llama_folder), "data": str(sums), "method": LoRA(rank=2)}
         own = {key: wanted.pop(key, value) for key, value in usual.items()}
         how = {key: wanted.pop(key) for key in ("resume", "listener") if key in wanted}
+        track = wanted.pop("track", ())
         settings = {"precision": "fp32", "batch_size": 4, "max_steps": 6, "max_length": 64} | wanted
-        request = Request.of(**own, training=Training(**settings), mapping=None)
+        request = Request.of(**own, training=Training(**settings), mapping=None, track=track)
         return run_request(request, folder, **how)
 
     return start

@@ -11,6 +11,7 @@ from loralab.cli.options import build, pairs, require_known
 from loralab.errors import ConfigError, LoralabError, format_value
 from loralab.studies.fields import from_toml
 from loralab.training.settings import Training
+from loralab.training.trackers import NONE, TRACKERS
 from loralab.values import read_toml
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -25,13 +26,17 @@ Json = Annotated[bool, typer.Option("--json", help="one JSON document on standar
 Quiet = Annotated[bool, typer.Option(help="no progress")]
 Resume = Annotated[bool, typer.Option(help="go on from where an earlier start was cut off")]
 ConfigFile = Annotated[Path | None, typer.Option(help="TOML file; what is typed here overrides it")]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(help=f"{', '.join(TRACKERS)} or {NONE}; may be repeated (default: tensorboard, if installed)"),
+]
 Jobs = Annotated[Path | None, typer.Option(help="TOML file of several trainings, made together on one base")]
 MethodName = Annotated[str | None, typer.Option(help=f"one of: {', '.join(NAMES)}", show_default=False)]
 
 
-def given_fields(config: Path | None, typed: Mapping[str, Any] | None, **own: str | None) -> dict[str, Any]:
+def given_fields(config: Path | None, typed: Mapping[str, Any] | None, **own: str | list[str] | None) -> dict[str, Any]:
     """Return the configuration file, overridden by what was typed."""
-    fields = {*own, "output_dir", *field_names()}
+    fields = {*own, "output_dir", "track", *field_names()}
     stored = from_toml(config, fields) if config is not None else {}
     return {**stored, **(typed or {}), **{k: v for k, v in own.items() if v is not None}}
 

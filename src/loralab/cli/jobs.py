@@ -16,6 +16,7 @@ from loralab.cli.tables import print_json, run_json, show_run
 from loralab.cli.working import working
 from loralab.errors import ConfigError, LoralabError, format_value
 from loralab.training.jobs import TrainJob, of_job, read_jobs
+from loralab.training.trackers import chosen_trackers
 
 if TYPE_CHECKING:
     from loralab.training.rounds import Outcome
@@ -58,7 +59,7 @@ def _show(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
 
 def _jobs(file: Path, output_dir: Path | None, typed: Mapping[str, Any]) -> list[TrainJob]:
     """Return the jobs of a file; what was typed overrides the common fields, and a job's own both."""
-    fields = {"model", "data", "method", "map", *field_names()}
+    fields = {"model", "data", "method", "map", "track", *field_names()}
     common, own = read_jobs(file, fields)
     parent = output_dir or common.pop("output_dir", None)
     if parent is None:
@@ -75,7 +76,8 @@ def _jobs(file: Path, output_dir: Path | None, typed: Mapping[str, Any]) -> list
     jobs = []
     for name, given in own.items():
         try:
-            request = requested({**common, **typed, **given})
+            asked = {**common, **typed, **given}
+            request = {**requested(asked), "track": chosen_trackers(asked.get("track"))}
         except LoralabError as error:
             text = f"{file}: {of_job(name, error)}"
             raise type(error)(text, code=error.code, field=error.field) from error

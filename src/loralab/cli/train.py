@@ -25,6 +25,7 @@ from loralab.cli.arguments import (
     Model,
     Quiet,
     Resume,
+    Track,
     given_fields,
     mapping_of,
     method_in,
@@ -35,6 +36,7 @@ from loralab.cli.tables import print_json, print_table, run_json, show_listing, 
 from loralab.cli.working import working
 from loralab.errors import ConfigError
 from loralab.training.settings import Evaluation, Training
+from loralab.training.trackers import chosen_trackers
 
 if TYPE_CHECKING:
     from loralab.training.plan import Plan
@@ -51,6 +53,7 @@ def train(
     config: ConfigFile = None,
     jobs: Jobs = None,
     resume: Resume = False,
+    track: Track = None,
     quiet: Quiet = False,
     json_: Json = False,
     typed: dict[str, Any] | None = None,
@@ -63,14 +66,14 @@ def train(
                 code="config_and_jobs",
                 field="jobs",
             )
-        own = {"model": model, "data": data, "method": method, "map": map_}
+        own = {"model": model, "data": data, "method": method, "map": map_, "track": track}
         common = {**(typed or {}), **{k: v for k, v in own.items() if v is not None}}
         from loralab.cli.jobs import train_jobs
 
         train_jobs(jobs, output_dir, common, resume=resume, quiet=quiet, as_json=json_)
         return
-    given = given_fields(config, typed, model=model, data=data, method=method, map=map_)
-    request = requested(given, config)
+    given = given_fields(config, typed, model=model, data=data, method=method, map=map_, track=track)
+    request, trackers = requested(given, config), chosen_trackers(given.get("track"))
     output = output_dir or given.get("output_dir")
     if output is None:
         raise ConfigError("give --output-dir, a new folder for the run", code="missing_option", field="output_dir")
@@ -79,7 +82,7 @@ def train(
 
     opening = f"loading {request['model']} and {request['data']}, and checking both"
     with Bar(quiet=quiet or json_, opening=opening) as bar:
-        run = run_training(**request, output_dir=output, resume=resume, listener=bar)
+        run = run_training(**request, output_dir=output, resume=resume, listener=bar, track=trackers)
     result = run_json(run)
     if result and json_:
         print_json(result)

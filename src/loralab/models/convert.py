@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from loralab import atomic
+from loralab import atomic, system
 from loralab.atomic import cache_folder
 from loralab.errors import ModelError
 from loralab.models.gguf_header import require_sound
@@ -70,7 +70,7 @@ def _write_gguf(file: Path, name: str, own: Path) -> None:
     require_sound(file, model=True)
     options: Options = {"gguf_file": file.name, "trust_remote_code": False}
     with tempfile.TemporaryDirectory() as alone:  # nothing that lies beside the file is read
-        (Path(alone) / file.name).symlink_to(file.resolve())
+        system.place_beside(file.resolve(), Path(alone) / file.name)
         config = AutoConfig.from_pretrained(alone, **options)
         require_plausible(file.name, file.stat().st_size, lambda: AutoModelForCausalLM.from_config(config))
         tokenizer = AutoTokenizer.from_pretrained(alone, **options)

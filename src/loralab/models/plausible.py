@@ -14,7 +14,8 @@ import torch
 from transformers.initialization import no_init_weights
 
 from loralab.errors import ModelError, format_value
-from loralab.values import memory_bytes, read_json
+from loralab.system import memory_bytes
+from loralab.values import read_json
 
 CONFIG, INDEX, ADAPTER = "config.json", "model.safetensors.index.json", "adapter_config.json"
 LAYERS = re.compile(r"(?!max_|min_).*(layers?|depths?|blocks)")  # of counts, not of limits

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import loralab
-from loralab import atomic, cluster
+from loralab import atomic, cluster, system
 from loralab.cluster import Node
 from loralab.errors import ConfigError
 from loralab.studies import store
@@ -273,6 +273,6 @@ def _sweep() -> None:
     """Remove what processes left that were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
         owner = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if owner.isdecimal() and not Path(f"/proc/{owner}").exists():
+        if owner.isdecimal() and not system.is_running(int(owner)):
             with contextlib.suppress(OSError):
                 shutil.rmtree(folder)

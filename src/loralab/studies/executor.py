@@ -26,13 +26,12 @@ from typing import Any
 
 import torch
 
-from loralab import atomic
+from loralab import atomic, system
 from loralab.adapters.registry import environment
 from loralab.errors import LoralabError
 from loralab.studies import store
 from loralab.studies.study import Trial
 
-CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ("loralab.studies.trained", "loralab.studies.prepare")
 INTERRUPTED = 128 + signal.SIGINT
 GRACE_SECONDS = 20  # for an interrupted trial to write a checkpoint
@@ -82,9 +81,9 @@ class Here:
         with atomic.explained(self._log):
             self._log.open("ab").close()
         around = (self._log, self._threads or torch.get_num_threads(), {**os.environ, **environment()})
-        CONTEXT.set_forkserver_preload(list(PRELOADED))
-        ours, theirs = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_work, args=(job, given, theirs, around))
+        processes = system.process_context(PRELOADED)
+        ours, theirs = processes.Pipe(duplex=False)
+        process = processes.Process(target=_work, args=(job, given, theirs, around))
         done = None
         with ours:
             try:
@@ -104,7 +103,7 @@ class Here:
 
 def ended(code: int) -> str:
     """Return why a process has left nothing, from its exit code."""
-    if code == -signal.SIGKILL:
+    if code == system.KILLED:
         return "killed by the system, most likely because memory ran out"
     return f"the run ended with code {code}; see {store.LOG}"
 
@@ -112,13 +111,13 @@ def ended(code: int) -> str:
 @contextlib.contextmanager
 def _without_script() -> Iterator[None]:
     """Start processes that do not run the user's script again, from a server that no Ctrl-C ends as it imports."""
-    script, before = sys.modules["__main__"], signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    script = sys.modules["__main__"]
+    with system.interrupts_held():
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
 
 
 def _events(ours: Connection, sentinel: int) -> Iterator[Any]:
@@ -149,8 +148,7 @@ def _work(job: Job, given: tuple[Any, ...], out: Connection, around: tuple[Path,
     """Do one job in a process that was forked for it, and end that process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        system.take_interrupts()  # a shell may have them ignored
         _enter(*around)
         out.send(Done(value=job(out.send, *given)))
     except KeyboardInterrupt:

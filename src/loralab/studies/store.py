@@ -4,7 +4,6 @@ What is finished is read, never run again; a trial's folder is named by what dec
 """
 
 import contextlib
-import fcntl
 import io
 import json
 import math
@@ -15,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from loralab import atomic
+from loralab import atomic, system
 from loralab.errors import ConfigError, InputError, OutputError, join_limited
 from loralab.studies.fields import configured
 from loralab.studies.study import FORMAT, STATUSES, Arm, Record, StudySetup, Trial
@@ -153,7 +152,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}") from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(file.fileno())
         except OSError:
             file.seek(0)
             who = f"another study works in {folder} (process {file.read(20).strip() or 'unknown'})"

@@ -210,9 +210,8 @@ def diverged(trial: Trial, folder: Path, reason: str) -> Record:
 
 
 def forget(folder: Path, size: int) -> None:
-    """Remove what nobody will read again: checkpoints, boards, and adapters of many bytes."""
-    for name in ("checkpoints", "tensorboard"):
-        atomic.remove_folder(folder / "run" / name)
+    """Remove what nobody will read again: checkpoints, and adapters of many bytes."""
+    atomic.remove_folder(folder / "run" / "checkpoints")
     if size > KEPT_BYTES:
         atomic.remove_folder(folder / "run")
 

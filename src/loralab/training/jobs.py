@@ -32,6 +32,7 @@ class TrainJob:
     method: AnyMethod | None = None
     training: Training | None = None
     mapping: Mapping[str, str] = field(default_factory=dict)
+    track: Sequence[str] | None = None
 
 
 def read_jobs(file: Path, fields: Iterable[str]) -> tuple[Fields, dict[str, Fields]]:

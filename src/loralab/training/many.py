@@ -18,6 +18,7 @@ from loralab.training.request import Request
 from loralab.training.rounds import FAILED, Outcome, PreparedJob, Random, Rounds, with_job_name
 from loralab.training.run import certified, own_seed, run_prepared
 from loralab.training.shared import OneBase, mixes_rows
+from loralab.training.trackers import chosen_trackers
 from loralab.training.world import world
 
 SHARED_FIELDS = ("model", "precision", "quantize", "image_size", "shard_base")
@@ -70,7 +71,8 @@ def _prepared(jobs: Sequence[TrainJob], one: OneBase, *, resume: bool) -> list[P
     requests = {}
     for job in jobs:
         with _errors_of_job(job.name):
-            asked = Request.of(job.model, job.data, job.method, job.training, job.mapping, job.tokenizer)
+            own = chosen_trackers(job.track)
+            asked = Request.of(job.model, job.data, job.method, job.training, job.mapping, job.tokenizer, track=own)
             requests[job.name] = preflight.require_place(Path(job.output_dir), asked, resume=resume)
     _require_alike({name: _alike(request) for name, request in requests.items()})
     folders = {job.name: Path(job.output_dir).resolve() for job in jobs}

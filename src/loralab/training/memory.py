@@ -1,9 +1,6 @@
 """Precision, gradient checkpointing, predicted and measured peak."""
 
 import contextlib
-import ctypes
-import resource
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from loralab import system
 from loralab.adapters.adapter import Adapter
 from loralab.errors import ConfigError
 from loralab.tasks.examples import Example
@@ -103,8 +101,7 @@ def peak_bytes(device: torch.device) -> int:
     """Return the most memory this process has held: on the GPU, or as the operating system counted it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return system.peak_resident_bytes()
 
 
 def available_bytes(device: torch.device) -> int:
@@ -228,9 +225,9 @@ def held_bytes(device: torch.device) -> int:
     """Return the bytes in use now; on the processor, after freed memory has been handed back."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU C library's
-    if trim is not None:
-        trim(0)
+    library = system.allocator()
+    if library is not None:
+        library.malloc_trim(0)
     return int(psutil.Process().memory_info().rss)
 
 
@@ -241,9 +238,8 @@ def retain_heap(model: nn.Module) -> Iterator[None]:
     What loading has freed is handed back first. On leaving, it works as it does after a while by
     itself, and has handed back what is free. For a model that is split nothing is done.
     """
-    library = ctypes.CDLL(None)
-    known = hasattr(library, "mallopt") and hasattr(library, "malloc_trim")
-    if not known or any(map(_is_split, model.parameters())):
+    library = system.allocator()
+    if library is None or any(map(_is_split, model.parameters())):
         yield
         return
     library.malloc_trim(0)
@@ -264,8 +260,8 @@ def map_large_tensors() -> None:
     Blocks that are put together and dropped, with what they compute left between them, would else
     leave holes of the size of the base. What is free already is handed back.
     """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+    library = system.allocator()
+    if library is not None:
         library.mallopt(MMAP_THRESHOLD, LARGE_TENSOR_BYTES)
         library.malloc_trim(0)
 

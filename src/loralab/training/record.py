@@ -1,29 +1,28 @@
-"""Records of a run: events, metrics.jsonl, train.log, TensorBoard.
+"""Records of a run: events, metrics.jsonl, train.log, trackers.
 
 The loop emits events and knows nothing of who listens.
 """
 
 import contextlib
-import importlib.util
 import json
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from loralab import atomic
+from loralab.training.trackers import Plain, Tracked, TrackedRun
 
 Event = dict[str, Any]  # always "kind": plan, note, step, evaluation, checkpoint or end
 Listener = Callable[[Event], None]
 
 METRICS = "metrics.jsonl"
 LOG = "train.log"
-BOARD = "tensorboard"
 _KEPT = ("step", "evaluation")
 
 
 class RunRecord:
-    """Writes a run's events into its folder, and passes them on.
+    """Writes a run's events into its folder, and passes them on; leaving it ends the run in its trackers.
 
     Args:
         folder: the run folder.
@@ -33,39 +32,44 @@ class RunRecord:
     """
 
     def __init__(self, folder: Path, step: int, listener: Listener | None, *, speaks: bool = True) -> None:
-        self.folder, self._speaks = folder, speaks
-        self._listener, self._board = listener, None
+        self.folder, self._step, self._speaks = folder, step, speaks
+        self._listener, self._tracked = listener, None
         if speaks:
             _drop_after(folder / METRICS, step)
             _end_line(folder / LOG)
-            with atomic.explained(folder / BOARD):
-                self._board = _tensorboard(folder / BOARD, step)
+
+    def track(self, names: Sequence[str], config: Mapping[str, Plain]) -> None:
+        """Pass numbers on to trackers too, with the configuration that they show; one that fails is noted."""
+        if self._speaks:
+            run = TrackedRun(name=self.folder.resolve().name, folder=self.folder, step=self._step, config=config)
+            self._tracked = Tracked(names, run, self._note)
 
     def __call__(self, event: Event) -> None:
         """Write one event and pass it on."""
         if not self._speaks:
             return
+        self._step = event["step"]
         if event["kind"] in _KEPT:
             _append(self.folder / METRICS, json.dumps(event))
-            with atomic.explained(self.folder / BOARD):
-                self._draw(event)
+            if self._tracked is not None:
+                self._tracked(event)
         _append(self.folder / LOG, describe(event))
         if self._listener is not None:
             self._listener(event)
 
-    def close(self) -> None:
-        """Finish the TensorBoard file."""
-        if self._board is not None:
-            with atomic.explained(self.folder / BOARD):
-                self._board.close()
+    def close(self, *, finished: bool = True) -> None:
+        """End the run in its trackers; once is enough."""
+        if self._tracked is not None:
+            self._tracked.close(finished=finished)
 
-    def _draw(self, event: Event) -> None:
-        if self._board is None:
-            return
-        numbers = {**event, **event.get("metrics", {})}
-        for name, value in numbers.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(f"{event['kind']}/{name}", value, event["step"])
+    def __enter__(self) -> "RunRecord":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close(finished=kind is None)
+
+    def _note(self, text: str) -> None:
+        self({"kind": "note", "step": self._step, "text": text})
 
 
 def describe(event: Event) -> str:
@@ -119,14 +123,3 @@ def _end_line(file: Path) -> None:
     """End a line that a crash cut off, so that it stays separate."""
     if file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n"):
         _append(file, "")
-
-
-def _tensorboard(folder: Path, step: int) -> Any:
-    """Return a TensorBoard writer where the package is installed (extra `track`), else None."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its dependencies deprecate each other
-        from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(folder, purge_step=step + 1)

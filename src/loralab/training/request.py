@@ -24,7 +24,8 @@ class Request:
 
     `settled` is whether a memory budget has made its choice: in the run that this one goes on with.
     `task` are the rows, where they are not simply those behind `data`; `given` is a live model, of
-    which `model` is a name for readers, and `name` is what the adapter in it will be called.
+    which `model` is a name for readers, and `name` is what the adapter in it will be called. `track`
+    are the trackers that are told of it, which change nothing of it.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Request:
     task: Task | None = None
     given: Given | None = None
     name: str = "default"
+    track: tuple[str, ...] = ()
 
     @staticmethod
     def of(
@@ -46,6 +48,7 @@ class Request:
         mapping: Mapping[str, str] | None,
         tokenizer: Any = None,
         name: str = "default",
+        track: tuple[str, ...] = (),
     ) -> "Request":
         """Return the request with whatever was left to us filled in: precision and learning rate.
 
@@ -95,6 +98,7 @@ class Request:
             task=task,
             given=own,
             name=name,
+            track=track,
         )
 
     def fields(self) -> dict[str, Any]:

@@ -117,7 +117,9 @@ class Rounds:
             KeyboardInterrupt: the user stopped them; checkpoints of all jobs have been written.
         """
         self.joint.model.train()
-        with interruptible() as interrupted, memory.retain_heap(self.joint.model):
+        with interruptible() as interrupted, memory.retain_heap(self.joint.model), contextlib.ExitStack() as records:
+            for live in self.active:
+                records.enter_context(live.steps.record)
             self._end_those_that_are_over()
             while self.active:
                 self._round()
@@ -277,6 +279,7 @@ class Rounds:
             try:
                 with live.random.active():
                     self.outcomes[live.name] = finish_run(live.begun)
+                live.steps.record.close()
                 self.joint.drop(live.name)
             except LoralabError as error:
                 self._leave(live, of_job(live.name, error), f"ended: {error}")
@@ -285,7 +288,7 @@ class Rounds:
         record = live.steps.record
         with contextlib.suppress(OutputError):  # where it ended because nothing can be written
             record({"kind": "note", "step": live.steps.progress.step, "text": text})
-            record.close()
+            record.close(finished=False)
         live.steps.forget()
         self.joint.drop(live.name)
         self.outcomes[live.name] = error

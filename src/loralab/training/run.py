@@ -1,7 +1,7 @@
 """train(): prepares, calls the loop, writes the run folder."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from loralab.training.preflight import PreparedRun
 from loralab.training.record import Listener, RunRecord
 from loralab.training.request import Request
 from loralab.training.settings import Training
+from loralab.training.trackers import chosen_trackers, plain_config
 from loralab.training.world import world
 
 SEED_STEP = 1_000_003  # between the seeds of processes
@@ -70,6 +71,7 @@ def train(
     resume: bool = False,
     mapping: Mapping[str, str] | None = None,
     listener: Listener | None = None,
+    track: Sequence[str] | None = None,
     name: str = "default",
 ) -> Run:
     """Train an adapter, write its run folder, which is an adapter folder too, and certify it.
@@ -86,6 +88,8 @@ def train(
             was never interrupted.
         mapping: canonical column -> the file's own, such as {"text": "review"}.
         listener: called with every event of the run.
+        track: names of trackers that get its numbers and settings: tensorboard, trackio, mlflow,
+            wandb; none is TensorBoard, where it is installed. One that fails is noted, and the run goes on.
         name: of the adapter in the model, as in `attach`; a live model may have others already,
             which stay as they are.
 
@@ -94,7 +98,7 @@ def train(
         LearningError: the run cannot learn, or its numbers are no longer finite.
         CertificateError: the saved adapter does not do what the live one does.
     """
-    request = Request.of(model, data, method, training, mapping, tokenizer, name)
+    request = Request.of(model, data, method, training, mapping, tokenizer, name, chosen_trackers(track))
     with restored_after(request.given, on_error_alone=True):
         run = run_request(request, Path(output_dir), resume=resume, listener=listener)
         with detached_after(run.base, run.adapter, on_error_alone=True):
@@ -166,9 +170,10 @@ def run_prepared(
         note: what else the log should say.
     """
     begun = begin_run(request, prepared, folder, listener, checkpoint.latest(folder), note)
-    with memory.retain_heap(prepared.base.model):
-        run_steps(begun.steps)
-    return finish_run(begun)
+    with begun.steps.record:
+        with memory.retain_heap(prepared.base.model):
+            run_steps(begun.steps)
+        return finish_run(begun)
 
 
 def begin_run(
@@ -188,6 +193,8 @@ def begin_run(
     here.barrier()  # all have read what the first one will now change
     record = RunRecord(folder, progress.step, listener, speaks=here.is_main)
     _announce(prepared, training, progress, record, note)
+    extent = {"trainable": adapter.num_parameters, "steps": prepared.steps}
+    record.track(request.track, plain_config({**request.fields(), **extent, **preflight.versions()}))
     since = time.perf_counter()
     seen: list[Scores] = []
     job = _job(request, prepared, folder, _scorer(prepared, training, seen))
@@ -220,7 +227,6 @@ def finish_run(begun: ActiveRun) -> Run:
     world().barrier()
     begun.steps.drop_others()  # what a start that was killed here had no time to
     record({"kind": "end", "step": progress.step, "text": f"saved in {folder}"})
-    record.close()
     return Run(
         output_dir=folder,
         base=base,

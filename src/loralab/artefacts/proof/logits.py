@@ -17,7 +17,7 @@ from loralab.models.kinds import CAUSAL, CLASSIFIER, LOADERS, SENTENCES, SEQ2SEQ
 from loralab.models.load import configuration
 from loralab.models.source import quiet
 from loralab.models.weights import Weights
-from loralab.values import memory_bytes
+from loralab.system import memory_bytes
 
 PROMPTS, TOKENS = 4, 16
 SHARE = 3  # of the memory, that one model in fp32 may take

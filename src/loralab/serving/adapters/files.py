@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loralab import system
 from loralab.adapters import folder
 from loralab.adapters.folder import CONFIG, RECORD, TENSORS, AdapterFolder
 from loralab.errors import AdapterFileError
@@ -20,8 +21,7 @@ from loralab.serving.adapters.names import FILES
 from loralab.values import parse_json
 
 State = tuple[tuple[int, int, int], ...]
-OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in the place of a file holds up nobody
+OPEN_FILE = system.OPEN_FILE | system.NO_LINKS  # a pipe in the place of a file holds up nobody
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,10 +137,14 @@ def open_inside(root: Path, path: Path) -> Iterator[int | None]:
 
 
 def _walked(root: Path, parts: Sequence[str], stack: contextlib.ExitStack) -> int:
-    here = os.open(root, OPEN_FOLDER)
+    if os.open not in os.supports_dir_fd:  # Windows: what the path is now, where only its administrators make links
+        here = os.open(root.joinpath(*parts), OPEN_FILE)
+        stack.callback(os.close, here)
+        return here
+    here = os.open(root, system.OPEN_FOLDER)
     stack.callback(os.close, here)
     for number, part in enumerate(parts, 1):
-        here = os.open(part, OPEN_FILE if number == len(parts) else OPEN_FOLDER, dir_fd=here)
+        here = os.open(part, OPEN_FILE if number == len(parts) else system.OPEN_FOLDER, dir_fd=here)
         stack.callback(os.close, here)
     return here
 

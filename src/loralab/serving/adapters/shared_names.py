@@ -6,12 +6,12 @@ with the process that holds it, killed or not.
 """
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from loralab import system
 from loralab.errors import AdapterFileError, OutputError
 from loralab.serving.adapters.names import NAMES, Names, read_names, write_names
 
@@ -84,7 +84,7 @@ def file_lock(lock: Path, guarded: Path) -> Iterator[None]:
         OutputError: the lock cannot be taken.
     """
     try:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | system.NO_LINKS, 0o666)
     except OSError as error:
         raise _unwritable(guarded, error.strerror) from None
     try:
@@ -97,7 +97,7 @@ def file_lock(lock: Path, guarded: Path) -> Iterator[None]:
 def _wait_for(handle: int, lock: Path, guarded: Path, until: float) -> None:
     while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(handle)
             return
         except BlockingIOError:
             if time.monotonic() > until:

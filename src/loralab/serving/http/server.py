@@ -18,6 +18,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from loralab import system
 from loralab.errors import ConfigError
 from loralab.serving.http.connection import Connection
 
@@ -106,7 +107,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         opened = socket.socket(family, kind)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        system.claim_address(opened)
         opened.bind(address)
     except (OSError, OverflowError) as error:
         if opened is not None:
