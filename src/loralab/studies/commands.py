@@ -30,12 +30,11 @@ def repeat_command(setup: StudySetup) -> str:
     parts = ["loralab", *(["recommend"] if search else ["study", setup.study])]
     parts += ["--model", setup.model, "--data", setup.data, *_map(setup)]
     parts += _seeds(setup)
-    for flag, field in REPEATED.items():
-        parts += [flag, str(setup.fields[field])] if field in setup.fields else []
-    parts += ["--test-rows", str(setup.rows["test"])]
-    parts += ["--values", ",".join(setup.values)] if setup.values and not search else []
-    parts += ["--margin", f"{setup.margin:g}"] if setup.margin is not None else []
-    parts += ["--metric", setup.metric] if setup.metric else []
+    given = {flag: setup.fields.get(field) for flag, field in REPEATED.items()} | {"--test-rows": setup.rows["test"]}
+    given |= {"--values": "" if search else ",".join(setup.values)}
+    given |= {"--margin": None if setup.margin is None else f"{setup.margin:g}", "--metric": setup.metric}
+    for flag, value in given.items():
+        parts += [] if value in (None, "") else [flag, str(value)]
     parts += ["--fixed-lr"] if setup.fixed_lr else []
     if setup.fixed_lr and "learning_rate" in setup.fields:  # else it is the question's own
         parts += ["--learning-rate", str(setup.fields["learning_rate"])]

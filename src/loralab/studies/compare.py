@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loralab.studies import evidence
 from loralab.studies.contrast import Ranking
-from loralab.studies.evidence import COMMONEST, Metric, by_arm, claim, commonest, metric_of, own_interval, scores_table
-from loralab.studies.message import Chart, Message, Table
+from loralab.studies.evidence import COMMONEST, Metric, by_arm, claim, commonest, metric_of, own_interval
+from loralab.studies.message import Chart, Message, Table, chart
 from loralab.studies.ranking import FLOOR, Arms, among, claims, describe_ranking, ranked, recommendation
 from loralab.studies.study import Answer, Finding, Record, StudySetup
 
@@ -37,9 +38,9 @@ class Comparison:
         fields = {} if name is None else self.arms[name][0].arm.fields
         return {key: value for key, value in fields.items() if key != "learning_rate"}
 
-    def order(self, family: Arms) -> Message:
-        """Say who leads some of the arms, to follow "at equal ..."."""
-        return describe_ranking(among(self.ranking, family), family, self.metric)
+    def order(self, family: Arms) -> Message | None:
+        """Say who leads some of the arms, to follow "at equal ..."; None where there are not two."""
+        return describe_ranking(among(self.ranking, family), family, self.metric) if len(family) > 1 else None
 
     def over_base(self, names: Sequence[str] | None = None) -> list[Finding]:
         """Compare some arms with what needs no training, the best of that; none is the cheapest alone."""
@@ -54,7 +55,7 @@ class Comparison:
         """Say how two arms differ."""
         return claim(self.ranking.contrast(a, b), self.metric)
 
-    def chart(self, name: str, x: Message, *, at: Callable[[str], float] | None = None, **options: Any) -> Chart:
+    def chart(self, name: str, x: str, *, at: Callable[[str], float] | None = None, **options: Any) -> Chart:
         """Return the score of every arm with its interval.
 
         Args:
@@ -62,10 +63,14 @@ class Comparison:
         """
         return score_chart(name, self.arms, self.metric, x, at=at, **options)
 
+    def facts(self, name: str) -> dict[str, Any]:
+        """Return what tables and sentences tell of an arm."""
+        return evidence.facts(name, self.every[name], self.metric)
+
     @property
     def scores(self) -> Table:
         """Return the table of all scores."""
-        return scores_table(self.every, self.metric)
+        return evidence.scores_table(self.every, self.metric)
 
     def answer(self, **its_own: Any) -> Answer:
         """Return the answer, with a question's own parts in place of the usual ones, which are then not made."""
@@ -103,12 +108,12 @@ def compare_arms(
 
 
 def score_chart(
-    name: str, arms: Arms, metric: Metric, x: Message, *, at: Callable[[str], float] | None = None, **options: Any
+    name: str, arms: Arms, metric: Metric, x: str, *, at: Callable[[str], float] | None = None, **options: Any
 ) -> Chart:
     """Return the scores of some arms with their intervals."""
     rows = []
     for arm, records in arms.items():
         value, low, high = own_interval(records)
         rows.append({"arm": arm, "value": value, "low": low, "high": high, **({} if at is None else {"x": at(arm)})})
-    title, y = Message(f"{name}.chart"), Message("axis.score", metric=metric.text)
-    return Chart("intervals", name, title, rows, x, y, options={"percent": metric.rises, **options})
+    y = Message("axis.score", metric=metric.text)
+    return chart("intervals", name, f"{name}.chart", rows, x, y, percent=metric.rises, **options)

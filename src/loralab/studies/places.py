@@ -116,11 +116,11 @@ def layout(model: nn.Module) -> list[dict[str, Any]]:
 
 def layer_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a layout as rows of a table: layer, shape, count, adapted_by."""
-    shapes = [f"{row['outputs']} × {row['inputs']}" for row in rows]
-    return [
-        {"layer": row["type"], "shape": shape, "count": row["count"], "adapted_by": Message(f"place.{row['place']}")}
-        for row, shape in zip(rows, shapes, strict=True)
-    ]
+    found = []
+    for row in rows:
+        shape, place = f"{row['outputs']} × {row['inputs']}", Message(f"place.{row['place']}")
+        found.append({"layer": row["type"], "shape": shape, "count": row["count"], "adapted_by": place})
+    return found
 
 
 def outside(rows: Sequence[Mapping[str, Any]]) -> list[str]:

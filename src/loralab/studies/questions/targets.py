@@ -7,15 +7,13 @@ from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.budgets import largest_rank, solved, trained_parameters
 from loralab.studies.compare import Comparison, compare_arms, score_chart
-from loralab.studies.evidence import Metric, mean_of, parameters, score_column
+from loralab.studies.evidence import by_key, parameters, score_column
 from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, layers_table, source_names, update_chart
-from loralab.studies.message import Message, Table, columns, sentences
+from loralab.studies.message import Message, Table, sentences, table
 from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice, singles
 from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, open_rivals
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.trained import BASE_ARM, MEASURE
-
-__all__ = ["MEASURE", "arms", "conclude"]
+from loralab.studies.trained import BASE_ARM
 
 RANK = 8
 UPDATES = "updates"
@@ -79,12 +77,12 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         return nothing_measured(setup, (SMALLEST, VALUE, CEILING))
     by_rank, by_size = families(records, found.arms)
     tables = {name: rows for r in records if r.arm.name == UPDATES for name, rows in r.tables.items()}
-    chart = score_chart("targets", {**by_size, **found.arms}, found.metric, Message("axis.layers_and_rank"))
+    chart = score_chart("targets", {**by_size, **found.arms}, found.metric, "axis.layers_and_rank")
     return found.answer(
         sentence=_sentence(found, by_rank, by_size),
         findings=_findings(found, by_rank, by_size),
         blanks=_blanks(found),
-        tables=[*layers_table(tables), _size_table(found.arms, by_size, found.metric), found.scores],
+        tables=[layers_table(tables), _size_table(found, by_size), found.scores],
         figures=[chart, update_chart(tables)],
         method=sentences(Message("targets.method"), *source_names(tables)),
         caution=sentences(Message("targets.caution"), _not_at_budget(found.arms, by_size)),
@@ -99,11 +97,8 @@ def families(records: Sequence[Record], trained: Arms) -> tuple[Arms, Arms]:
     A choice whose solved rank is 8 itself is one arm in both families. Every arm counts that was
     planned, failed ones too: who is missing must not move another one into a family.
     """
-    ranks: dict[str, set[int]] = {}
-    for record in records:
-        if record.arm.name not in (FLOOR, UPDATES):
-            ranks.setdefault(choice_of(record.arm.name), set()).add(rank_of(record.arm.name))
-    alone = {choice for choice, of_choice in ranks.items() if len(of_choice) == 1}
+    planned = {record.arm.name for record in records} - {FLOOR, UPDATES}
+    alone = {choice for choice, names in by_key(planned, choice_of).items() if len(names) == 1}
     by_rank = {n: own for n, own in trained.items() if rank_of(n) == RANK and choice_of(n) in CHOICES}
     by_size = {n: own for n, own in trained.items() if rank_of(n) != RANK or choice_of(n) in alone}
     return by_rank, by_size
@@ -121,7 +116,7 @@ def rank_of(name: str) -> int:
 
 def _sentence(found: Comparison, by_rank: Arms, by_size: Arms) -> Message:
     """Say who leads each family, and what to take."""
-    size, rank = (found.order(family) if len(family) > 1 else None for family in (by_size, by_rank))
+    size, rank = found.order(by_size), found.order(by_rank)
     return sentences(
         size and Message("ranking.at_budget", parameters=_budget(by_size), ranking=size),
         rank and Message("targets.at_rank", rank=RANK, ranking=rank),
@@ -146,38 +141,25 @@ def _blanks(found: Comparison) -> list[tuple[Message, Message]]:
     """Fill in the smallest that learns, the recommended one, and the best mean."""
     ranking, none = found.ranking, Message("targets.none_learns")
     able = [n for n in ranking.names if FLOOR not in ranking.means or ranking.contrast(n, FLOOR).verdict == "better"]
-    ceiling = _described(leader(ranking), found)
+    described = {name: Message("targets.described", **found.facts(name)) for name in ranking.names}
+    ceiling = described[leader(ranking)]
     if rivals := open_rivals(ranking):
         ceiling = Message("targets.ceiling_open", best=ceiling, rivals=rivals)
     return [
-        (SMALLEST, _described(able[0], found) if able else none),
-        (VALUE, _described(ranking.recommended, found) if ranking.recommended else none),
+        (SMALLEST, described[able[0]] if able else none),
+        (VALUE, described[ranking.recommended] if ranking.recommended else none),
         (CEILING, ceiling),
     ]
 
 
-def _described(name: str, found: Comparison) -> Message:
-    runs, metric = found.arms[name], found.metric
-    facts = {"parameters": parameters(runs), "step": mean_of(runs, "step_seconds"), "score": metric.scored(runs)}
-    return Message("targets.described", arm=name, metric=metric.text, **facts)
-
-
-def _size_table(trained: Arms, by_size: Arms, metric: Metric) -> Table:
+def _size_table(found: Comparison, by_size: Arms) -> Table:
     """Return which arm belongs to which family, and by how much it misses the budget."""
-    rows = [
-        {
-            "layers": choice_of(name),
-            "rank": rank_of(name),
-            "adapter_parameters": parameters(runs),
-            "off_budget": parameters(runs) / _budget(by_size) - 1 if name in by_size else None,
-            "score": metric.scored(runs),
-            "step_seconds": mean_of(runs, "step_seconds"),
-        }
-        for name, runs in trained.items()
-    ]
-    size = ("adapter_parameters:count", "off_budget:signed percent")
-    shown = columns("layers", "rank", *size, score_column(metric), "step_seconds:seconds")
-    return Table(title=Message("table.layers_and_budget"), columns=shown, rows=rows)
+    rows = []
+    for name, runs in found.arms.items():
+        off = {"off_budget": parameters(runs) / _budget(by_size) - 1} if name in by_size else {}
+        rows.append({**found.facts(name), "layers": choice_of(name), "rank": rank_of(name), **off})
+    size = ("layers", "rank", "adapter_parameters:count", "off_budget:signed percent")
+    return table("table.layers_and_budget", rows, *size, score_column(found.metric), "step_seconds:seconds")
 
 
 def _not_at_budget(trained: Arms, by_size: Arms) -> Message | None:

@@ -7,18 +7,15 @@ from loralab.adapters.methods import FullFineTune
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms, score_chart
-from loralab.studies.evidence import mean_of, parameters
+from loralab.studies.evidence import mean_of
 from loralab.studies.measures.anatomy import MEASURE_ANATOMY, anatomy_table, likeness
 from loralab.studies.measures.updates import REFERENCE
 from loralab.studies.message import Message, clauses, numbered, sentences
 from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice
 from loralab.studies.ranking import claims, leader, open_rivals
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.trained import MEASURE
 from loralab.tasks.kinds.registry import kind_named
 from loralab.training.optim import usual_rate
-
-__all__ = ["MEASURE", "arms", "conclude"]
 
 RANK = 8
 PROBE, FULL, ANATOMY = "linear-probe", "full", "anatomy"
@@ -59,15 +56,15 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     anatomy, architecture = anatomy_table(tables), (first, likeness(tables))
     if found is None:
         empty = nothing_measured(setup, labels)
-        return replace(empty, tables=anatomy, blanks=[architecture, *empty.blanks])
+        return replace(empty, tables=[anatomy], blanks=[architecture, *empty.blanks])
     findings, layers = _findings(found), _layers(found)
     rate = _full_rate(setup)
     return found.answer(
         sentence=sentences(_against(found), layers),
         findings=findings,
         blanks=[architecture, *zip(labels, (layers, _performance(found), _plan(found, findings, setup)), strict=True)],
-        tables=[*anatomy, found.scores],
-        figures=[score_chart("vision", found.every, found.metric, Message("axis.trained_part"))],
+        tables=[anatomy, found.scores],
+        figures=[score_chart("vision", found.every, found.metric, "axis.trained_part")],
         method=sentences(Message("vision.method"), Message("vision.full_rate", rate=rate) if rate else None),
         advice=advised(found.advice),
         next=_next(found),
@@ -91,25 +88,15 @@ def _versus(found: Comparison, best: str, rival: str) -> Message:
 
 def _layers(found: Comparison) -> Message:
     """Say which layers, as far as the numbers go."""
-    order = Message("vision.one_choice")
-    if len(found.arms) > 1:
-        order = Message("vision.among", ranking=found.order(found.arms))
+    order = found.order(found.arms)
+    among = Message("vision.among", ranking=order) if order else Message("vision.one_choice")
     taken = found.recommendation if found.ranking.recommended else Message("vision.not_above_probe")
-    return sentences(order, taken)
+    return sentences(among, taken)
 
 
 def _performance(found: Comparison) -> Message:
     """Say every arm's score and cost."""
-    return clauses(
-        Message(
-            "vision.performance",
-            arm=name,
-            score=found.metric.scored(runs),
-            parameters=parameters(runs),
-            step=mean_of(runs, "step_seconds"),
-        )
-        for name, runs in found.every.items()
-    )
+    return clauses(Message("vision.performance", **found.facts(name)) for name in found.every)
 
 
 def _findings(found: Comparison) -> list[Finding]:
