@@ -8,7 +8,6 @@ from typing import Any
 
 from loralab.studies.catalog import RECOMMEND, SEEDS_MAX, STUDIES
 from loralab.studies.contrast import Ranking
-from loralab.studies.ranking import asks_seeds, closest_rival
 from loralab.studies.study import MISSING, Record, StudySetup
 from loralab.values import join_pairs
 
@@ -52,8 +51,8 @@ def deciding_command(setup: StudySetup, found: Ranking | None, records: Sequence
     if setup.study == RECOMMEND:
         minutes = math.ceil(2 * sum(r.seconds + r.searched for r in records) / 60)
         return f"{search_command(setup)} {shlex.join(['--output-dir', folder, '--resume', '--budget', f'{minutes}m'])}"
-    closest, seeds = closest_rival(found), max(setup.seeds, LEAST_SEEDS)
-    if asks_seeds(closest):
+    closest, seeds = found.closest_rival, max(setup.seeds, LEAST_SEEDS)
+    if closest.asks_seeds:
         longer = replace(setup, quick=False, seeds=seeds, seeds_max=max(seeds, closest.seeds_needed or 0))
     elif max(setup.seeds, setup.seeds_max) < SEEDS_MAX:  # as many as a study may have before more is asked for
         longer = replace(setup, quick=False, seeds=seeds, seeds_max=SEEDS_MAX)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.compare import compare_arms
-from loralab.studies.ranking import claims
 from loralab.studies.study import Answer, Arm, Record, StudySetup, nothing_measured
 
 
@@ -21,4 +20,4 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     if found is None:
         return nothing_measured(setup)
     chart = replace(found.chart("grid", "column.arm"), name=setup.study)
-    return found.answer(findings=claims(found.ranking, found.metric), figures=[chart])
+    return found.answer(findings=found.claims(), figures=[chart])

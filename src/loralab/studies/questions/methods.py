@@ -16,7 +16,7 @@ from loralab.studies.evidence import best_arm, mean_of, parameters, score_column
 from loralab.studies.measures.passes import MEASURE_PASSES, MERGED
 from loralab.studies.measures.tradeoff import MEASURE_TRADEOFF
 from loralab.studies.message import Message, Table, numbered, sentences, table
-from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step
+from loralab.studies.ranking import FLOOR, Arms
 from loralab.studies.rates import usual
 from loralab.studies.readings.forgetting import Tradeoffs, published_claims
 from loralab.studies.readings.latencies import Latencies, added, in_short, pass_chart, pass_findings, pass_table
@@ -130,7 +130,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     refused = Message("methods.not_timed", variants=list(times.refused)) if times.refused else None
     claimed, on_forgetting = published_claims(records, found, _lora(found), FULL)
     published = published_table(found, times, _lora(found), _of_budget(found, LARGE), claimed)
-    pairs = (claims(found.ranking, found.metric, list(_of_budget(found, budget))) for budget in BUDGETS)
+    pairs = (found.claims(_of_budget(found, budget)) for budget in BUDGETS)
     return found.answer(
         sentence=sentences(_at_budget(found), added(times), found.recommendation),
         findings=[*found.over_base(list(found.arms)), *chain(*pairs), *pass_findings(times), *on_forgetting],
@@ -138,7 +138,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         tables=[_source_table(found, times), passes, published, found.scores],
         figures=[found.chart("methods", "column.method"), Tradeoffs.of(records).chart, pass_chart(times)],
         caution=sentences(Message("methods.caution"), refused),
-        next=next_step(found.ranking, Message("methods.smaller_budget", arm=leader(found.ranking))),
+        next=found.next_step("methods.smaller_budget"),
     )
 
 

@@ -13,10 +13,10 @@ from loralab.models.load import Base
 from loralab.studies import halving
 from loralab.studies.compare import Comparison, compare_arms, score_chart
 from loralab.studies.contrast import Ranking
-from loralab.studies.evidence import Metric, by_arm, by_key, mean_of
+from loralab.studies.evidence import Metric, by_arm, by_key
 from loralab.studies.message import Message, Table, sentences, table
 from loralab.studies.prepare import reason_invalid
-from loralab.studies.ranking import LIKELY, claims, ranked
+from loralab.studies.ranking import LIKELY, ranked
 from loralab.studies.rates import loss_of
 from loralab.studies.study import Answer, Arm, Record, StudySetup
 from loralab.studies.trained import BASE, BASE_ARM
@@ -49,7 +49,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     of = Message("recommend.of", count=len({r.arm.name for r in rounds}))
     return found.answer(
         sentence=sentences(of, found.recommendation, *_beside_default(found), _extrapolated(setup)),
-        findings=[*found.over_base(list(found.arms)), *claims(found.ranking, found.metric)],
+        findings=[*found.over_base(list(found.arms)), *found.claims()],
         tables=[found.scores, _rounds_table(rounds)],
         figures=[score_chart("recommend", found.every, found.metric, "axis.configuration")],
         advice={} if chosen is None else dict(found.arms[chosen][0].arm.fields),
@@ -82,8 +82,7 @@ def _beside_default(found: Comparison) -> list[Message]:
     chosen = found.ranking.recommended
     if DEFAULT not in found.arms or chosen in (None, DEFAULT):
         return []
-    score = found.metric.value(mean_of(found.arms[DEFAULT], "score"))
-    return [Message("recommend.default", score=score), found.claim(chosen, DEFAULT).sentence]
+    return [Message("recommend.default", score=found.score(DEFAULT)), found.claim(chosen, DEFAULT).sentence]
 
 
 def _extrapolated(setup: StudySetup) -> Message | None:

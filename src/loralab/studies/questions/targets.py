@@ -11,7 +11,7 @@ from loralab.studies.evidence import by_key, parameters, score_column
 from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, layers_table, source_names, update_chart
 from loralab.studies.message import Message, Table, sentences, table
 from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice, singles
-from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, open_rivals
+from loralab.studies.ranking import FLOOR, Arms
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import BASE_ARM
 
@@ -87,7 +87,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         method=sentences(Message("targets.method"), *source_names(tables)),
         caution=sentences(Message("targets.caution"), _not_at_budget(found.arms, by_size)),
         advice=advised(found.advice),
-        next=next_step(found.ranking, Message("targets.other_ranks", arm=leader(found.ranking))),
+        next=found.next_step("targets.other_ranks"),
     )
 
 
@@ -133,7 +133,7 @@ def _findings(found: Comparison, by_rank: Arms, by_size: Arms) -> list[Finding]:
     """Compare the reference with the base, and both families pair by pair."""
     top = f"{ALL} r={RANK}"
     floor = found.over_base([top] if top in found.arms else [])
-    pairs = [each for family in (by_size, by_rank) for each in claims(found.ranking, found.metric, list(family))]
+    pairs = [each for family in (by_size, by_rank) for each in found.claims(family)]
     return [*floor, *{each.sentence: each for each in pairs}.values()]
 
 
@@ -142,8 +142,8 @@ def _blanks(found: Comparison) -> list[tuple[Message, Message]]:
     ranking, none = found.ranking, Message("targets.none_learns")
     able = [n for n in ranking.names if FLOOR not in ranking.means or ranking.contrast(n, FLOOR).verdict == "better"]
     described = {name: Message("targets.described", **found.facts(name)) for name in ranking.names}
-    ceiling = described[leader(ranking)]
-    if rivals := open_rivals(ranking):
+    ceiling = described[ranking.leader]
+    if rivals := ranking.open_rivals:
         ceiling = Message("targets.ceiling_open", best=ceiling, rivals=rivals)
     return [
         (SMALLEST, described[able[0]] if able else none),

@@ -7,12 +7,10 @@ from loralab.adapters.methods import FullFineTune
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms, score_chart
-from loralab.studies.evidence import mean_of
 from loralab.studies.measures.anatomy import MEASURE_ANATOMY, anatomy_table, likeness
 from loralab.studies.measures.updates import REFERENCE
 from loralab.studies.message import Message, clauses, numbered, sentences
 from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice
-from loralab.studies.ranking import claims, leader, open_rivals
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.tasks.kinds.registry import kind_named
 from loralab.training.optim import usual_rate
@@ -73,17 +71,17 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
 
 def _against(found: Comparison) -> Message:
     """Say how the best choice of layers stands against the probe and the full fine-tune."""
-    best = leader(found.ranking)
-    score, versus = found.metric.value(mean_of(found.arms[best], "score")), (PROBE, FULL)
-    return Message("vision.against", arm=best, score=score, parts=[_versus(found, best, name) for name in versus])
+    best = found.ranking.leader
+    versus = [_versus(found, best, name) for name in (PROBE, FULL)]
+    return Message("vision.against", arm=best, score=found.score(best), parts=versus)
 
 
 def _versus(found: Comparison, best: str, rival: str) -> Message:
     if rival not in found.every:
         return Message("vision.versus_missing", rival=rival)
     contrast = found.ranking.contrast(best, rival)
-    score, size = found.metric.value(mean_of(found.every[rival], "score")), found.metric.change(contrast.estimate)
-    return Message(f"vision.versus_{contrast.verdict}", rival=rival, score=score, size=size)
+    size = found.metric.change(contrast.estimate)
+    return Message(f"vision.versus_{contrast.verdict}", rival=rival, score=found.score(rival), size=size)
 
 
 def _layers(found: Comparison) -> Message:
@@ -102,7 +100,7 @@ def _performance(found: Comparison) -> Message:
 def _findings(found: Comparison) -> list[Finding]:
     """Compare each choice with the probe and the full fine-tune, and the choices pair by pair."""
     across = [found.claim(name, rival) for rival in found.every if rival not in found.arms for name in found.arms]
-    return [*across, *claims(found.ranking, found.metric)]
+    return [*across, *found.claims()]
 
 
 def _plan(found: Comparison, findings: Sequence[Finding], setup: StudySetup) -> Message:
@@ -115,9 +113,9 @@ def _plan(found: Comparison, findings: Sequence[Finding], setup: StudySetup) -> 
 
 def _next(found: Comparison) -> Message:
     """Suggest an experiment: against the probe first, then between choices, then ranks."""
-    first = leader(found.ranking)
+    first = found.ranking.leader
     if PROBE in found.every and found.ranking.contrast(first, PROBE).verdict != "better":
         return Message("vision.more_pictures", arm=first)
-    if rivals := open_rivals(found.ranking):
+    if rivals := found.ranking.open_rivals:
         return Message("vision.equal_size", arm=first, rival=rivals[0])
     return Message("vision.other_ranks", arm=first)
