@@ -34,16 +34,13 @@ LABELS = tuple(Message(f"init.ask_{name}") for name in ("zero", "kaiming", "infl
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return the usual start, and others at the same rank; `--values` names starts of `--init`."""
-    others = [
-        Arm(
-            name=NAMES[init],
-            fields={"method": "lora", "rank": 8, "init": init},
-            options={"rates": LOWER} if setup.quick and init in ("b_kaiming", "gaussian") else {},
-        )
-        for init in setup.chosen(INITS, USUAL)
-        if init != "kaiming"
+    lora, lower = {"method": "lora", "rank": 8}, ("b_kaiming", "gaussian") if setup.quick else ()
+    others = (init for init in setup.chosen(INITS, USUAL) if init != "kaiming")
+    rates: dict[str, dict[str, Any]] = {init: {"rates": LOWER} for init in lower}
+    return [
+        Arm(name=ZERO, fields=lora),
+        *(Arm(name=NAMES[init], fields={**lora, "init": init}, options=rates.get(init, {})) for init in others),
     ]
-    return [Arm(name=ZERO, fields={"method": "lora", "rank": 8}), *others]
 
 
 def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
@@ -52,8 +49,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     if not starts:
         return nothing_measured(setup, LABELS)
     found = compare_arms(records, setup, aside=())
-    has_zero = found is not None and ZERO in found.arms
-    finals = {name: found.claim(name, ZERO) for name in found.arms if name != ZERO} if found and has_zero else {}
+    finals = {n: found.claim(n, ZERO) for n in found.arms if n != ZERO} if found and ZERO in found.arms else {}
     final = finals.get(KAIMING)
     experiments = [_experiment(name, starts, found) for name in (ZERO, KAIMING)]
     blanks = [*experiments, _influence(starts, final), _why(starts, final), _knowledge(starts)]
@@ -73,12 +69,9 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
 
 def _damage(starts: Mapping[str, Start]) -> list[Finding]:
     """Compare every start that is not the base model with it."""
-    changes = {name: start.loss_gained(len(starts)) for name, start in starts.items()}
-    return [
-        claim(change, LOSS, (Message("init.at_step_0", start=name), FLOOR))
-        for name, change in changes.items()
-        if change is not None
-    ]
+    found = {name: start.loss_gained(len(starts)) for name, start in starts.items()}
+    names = {name: (Message("init.at_step_0", start=name), FLOOR) for name in starts}
+    return [claim(change, LOSS, names[name]) for name, change in found.items() if change is not None]
 
 
 def _off(start: Start) -> Message:

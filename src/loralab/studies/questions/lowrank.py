@@ -37,19 +37,19 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """
     quick, asked = setup.quick, _sizes(setup)
     full = {"method": "full", **({"learning_rate": FULL_RATE} if quick else {})}
+    subspace = {"measure": MEASURE_DIMENSION, "rates": list(SCALES[quick])}
     head = Arm(name=HEAD, options={"measure": MEASURE_FROZEN}, tuned=False, plain=True)
     return [
         Arm(name=FLOOR, options={"measure": MEASURE_FLOOR}, tuned=False, plain=True),
         Arm(name=FULL, fields=full, options={"measure": MEASURE_FULL}, tuned=not quick),
         *([head] if base.kind in KINDS else []),
         Arm(name=PAIRS, options={"measure": MEASURE_OVERLAPS, "rate": LORA_RATE}, tuned=False),
-        *(_subspace(variant, d, quick) for variant, sizes in SIZES.items() for d in asked or sizes[quick]),
+        *(
+            Arm(name=f"{variant.upper()} d={d}", options={**subspace, "variant": variant, "d": d}, tuned=False)
+            for variant, sizes in SIZES.items()
+            for d in asked or sizes[quick]
+        ),
     ]
-
-
-def _subspace(variant: str, d: int, quick: bool) -> Arm:
-    options = {"measure": MEASURE_DIMENSION, "variant": variant, "d": d, "rates": list(SCALES[quick])}
-    return Arm(name=f"{variant.upper()} d={d}", options=options, tuned=False)
 
 
 def _sizes(setup: StudySetup) -> list[int]:

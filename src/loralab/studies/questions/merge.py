@@ -214,21 +214,15 @@ def _forms_table(forms: Forms) -> Table:
 def _drift_table(drifts: Sequence[Drift], records: Sequence[Record]) -> Table:
     """Return both ways back, after 1, 10 and 100 merges."""
     numbers = next((r.numbers for r in records if r.tables.get("drift")), {"modules": 0, "of": 0})
-    rows = [
-        {
-            "weights": drift["precision"],
-            **{f"after_{n}": off(drift, n) for n in SHOWN},
-            "differing": float(np.mean(drift["changed"])),
-            "base_kl": drift["kl"],
-            "top1": drift["top1"],
-            "put_back": Message("merge.exact" if drift["exact"] else "merge.not_exact"),
-        }
-        for drift in drifts
-    ]
+    rows = []
+    for drift in drifts:
+        back = Message("merge.exact" if drift["exact"] else "merge.not_exact")
+        row = {**drift, "differing": float(np.mean(drift["changed"])), "put_back": back}
+        rows.append(row | {f"after_{n}": off(drift, n) for n in SHOWN})
     after = (Column(f"after_{n}", ".2g", Message("merge.off_after", merges=n)) for n in SHOWN)
     title = Message("merge.drifts", modules=numbers["modules"], total=numbers["of"])
-    logits = ("base_kl:.2g", "top1:fine percent")
-    return table(title, rows, "weights", *after, "differing:fine percent", *logits, "put_back")
+    logits = ("kl:.2g:column.base_kl", "top1:fine percent")
+    return table(title, rows, "precision::column.weights", *after, "differing:fine percent", *logits, "put_back")
 
 
 def _charts(forms: Forms, drifts: Sequence[Drift]) -> list[Chart]:

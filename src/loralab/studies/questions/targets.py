@@ -10,7 +10,7 @@ from loralab.studies.compare import Comparison, compare_arms, score_chart
 from loralab.studies.evidence import by_key, parameters, score_column
 from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, layers_table, source_names, update_chart
 from loralab.studies.message import Message, Table, sentences, table
-from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice, singles
+from loralab.studies.places import ALL, CHOICES, able_choices, advised, arm_of, singles
 from loralab.studies.ranking import FLOOR, Arms
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.trained import BASE_ARM
@@ -27,7 +27,7 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
     Where a choice cannot hold that many, the budget is what the smallest of them can.
     """
     chosen = _chosen(setup, base)
-    equal_rank = [_arm(name, RANK, targets) for name, targets in chosen.items()]
+    equal_rank = [arm_of(name, RANK, targets) for name, targets in chosen.items()]
     equal_size = _at_budget(base, chosen, {} if setup.quick or setup.values else singles(base.model))
     distinct = {arm.name: arm for arm in (*equal_rank, *equal_size)}
     updates = Arm(name=UPDATES, options={"measure": MEASURE_UPDATES}, tuned=False, plain=True)
@@ -36,20 +36,10 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
 
 def _chosen(setup: StudySetup, base: Base) -> dict[str, Any]:
     """Return the choices to compare; all-linear is always one, and the last."""
-    able = choices(base.model)
-    for value in setup.values:
-        require_choice(value, base.name, able)
+    able = able_choices(setup, base)
     if ALL not in able:
         raise ConfigError(f"{base.name} has no linear layers outside its head", code="no_linear_layers", field="model")
     return {name: able[name] for name in able if name in (*(setup.values or able), ALL)}
-
-
-def _arm(name: str, rank: int, targets: Any) -> Arm:
-    """Return one choice with a rank; the reference arm has the fields that all studies give it."""
-    fields = {"method": "lora", "rank": rank, "target_modules": targets}
-    if name == ALL:
-        fields = {**REFERENCE, "rank": rank}
-    return Arm(name=f"{name} r={rank}", fields=fields)
 
 
 def _at_budget(base: Base, chosen: Mapping[str, Any], more: Mapping[str, Any]) -> list[Arm]:
@@ -58,13 +48,13 @@ def _at_budget(base: Base, chosen: Mapping[str, Any], more: Mapping[str, Any]) -
     Of `more`, those that can hold it too.
     """
     targets = {**chosen, **more}
-    fields = {name: _arm(name, RANK, own).fields for name, own in targets.items()}
+    fields = {name: arm_of(name, RANK, own).fields for name, own in targets.items()}
     largest = {name: {**each, "rank": largest_rank(base, each)} for name, each in fields.items()}
     capacity = {name: trained_parameters(base, each) for name, each in largest.items()}
     budget = min(trained_parameters(base, REFERENCE), *(capacity[name] for name in chosen))
     sized = {name: solved(base, fields[name], "rank", budget) for name in fields if capacity[name] >= budget}
     return [
-        _arm(name, solution.size, targets[name])
+        arm_of(name, solution.size, targets[name])
         for name, solution in sized.items()
         if abs(solution.parameters - budget) <= BUDGET_TOLERANCE * budget
     ]
@@ -78,8 +68,13 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     by_rank, by_size = families(records, found.arms)
     tables = {name: rows for r in records if r.arm.name == UPDATES for name, rows in r.tables.items()}
     chart = score_chart("targets", {**by_size, **found.arms}, found.metric, "axis.layers_and_rank")
+    size, rank = found.order(by_size), found.order(by_rank)
     return found.answer(
-        sentence=_sentence(found, by_rank, by_size),
+        sentence=sentences(
+            size and Message("ranking.at_budget", parameters=_budget(by_size), ranking=size),
+            rank and Message("targets.at_rank", rank=RANK, ranking=rank),
+            found.recommendation,
+        ),
         findings=_findings(found, by_rank, by_size),
         blanks=_blanks(found),
         tables=[layers_table(tables), _size_table(found, by_size), found.scores],
@@ -112,16 +107,6 @@ def choice_of(name: str) -> str:
 def rank_of(name: str) -> int:
     """Return the rank of an arm."""
     return int(name.rpartition(" r=")[2])
-
-
-def _sentence(found: Comparison, by_rank: Arms, by_size: Arms) -> Message:
-    """Say who leads each family, and what to take."""
-    size, rank = found.order(by_size), found.order(by_rank)
-    return sentences(
-        size and Message("ranking.at_budget", parameters=_budget(by_size), ranking=size),
-        rank and Message("targets.at_rank", rank=RANK, ranking=rank),
-        found.recommendation,
-    )
 
 
 def _budget(by_size: Arms) -> float:

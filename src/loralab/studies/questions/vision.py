@@ -8,9 +8,8 @@ from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms, score_chart
 from loralab.studies.measures.anatomy import MEASURE_ANATOMY, anatomy_table, likeness
-from loralab.studies.measures.updates import REFERENCE
 from loralab.studies.message import Message, clauses, numbered, sentences
-from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice
+from loralab.studies.places import ALL, CHOICES, able_choices, advised, arm_of
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.tasks.kinds.registry import kind_named
 from loralab.training.optim import usual_rate
@@ -27,15 +26,11 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
         text = f"the study vision needs a vision model and pictures, {base.name} is {base.kind}"
         hint = "take --model dinov2-s --data digits, or a folder of pictures by class"
         raise ConfigError(f"{text}; {hint}", code="no_pictures", field="model")
-    able = choices(base.model)
-    for value in setup.values:
-        require_choice(value, base.name, able)
-    wanted = setup.chosen(CHOICES, SHORT if setup.quick else CHOICES)
-    fields = {name: REFERENCE if name == ALL else {**REFERENCE, "target_modules": able[name]} for name in able}
+    able, wanted = able_choices(setup, base), setup.chosen(CHOICES, SHORT if setup.quick else CHOICES)
     rate = _full_rate(setup)
     return [
         Arm(name=PROBE, fields={"method": PROBE}),
-        *(Arm(name=f"{name} r={RANK}", fields=fields[name]) for name in able if name in wanted),
+        *(arm_of(name, RANK, able[name]) for name in able if name in wanted),
         Arm(name=FULL, fields={"method": FULL} if rate is None else {"method": FULL, "learning_rate": rate}),
         Arm(name=ANATOMY, options={"measure": MEASURE_ANATOMY}, tuned=False, plain=True),
     ]
