@@ -176,8 +176,8 @@ class Ranking:
     @property
     def open_rivals(self) -> list[str]:
         """Return the arms of which it is not decided whether the leader is better."""
-        pairs = {name: self.contrast(self.leader, name) for name in self.names if name != self.leader}
-        return [name for name, pair in pairs.items() if pair.verdict == "undecided"]
+        top = self.leader
+        return [name for name in self.names if name != top and self.contrast(top, name).verdict == "undecided"]
 
     @property
     def closest_rival(self) -> Contrast:

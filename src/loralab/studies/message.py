@@ -81,9 +81,7 @@ class Table:
 
 
 def table(title: Message | str, rows: Sequence[Mapping[str, Any]], *shown: Column | str) -> Table:
-    """Return a table whose columns are as given, or by name, as in "rank", "step_seconds:seconds" (and how its
-    values are written) or "d:count:lowrank.d_column" (and the key of its heading).
-    """
+    """Return a table; a column may be given as "name", "name:format" or "name:format:key of its heading"."""
     columns = [_column(*spec.split(":")) if isinstance(spec, str) else spec for spec in shown]
     return Table(title=_message(title), columns=columns, rows=rows)
 

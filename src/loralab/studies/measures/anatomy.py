@@ -63,7 +63,8 @@ def facts(model: Any, side: int) -> dict[str, Any]:
 def anatomy_table(tables: Mapping[str, Any]) -> Table:
     """Return both models' linear layers by type: shape, number, and what LoRA of rank 8 trains there."""
     rows = []
-    for kind, name in (("vision", Message("vision.this_model")), ("language", WRITER)) if tables.get("vision") else ():
+    models = {"vision": Message("vision.this_model"), "language": WRITER} if tables.get("vision") else {}
+    for kind, name in models.items():
         layers = tables.get(kind, ())
         sizes = [row["count"] * RANK * (row["outputs"] + row["inputs"]) for row in layers]
         pairs = zip(layer_rows(layers), sizes, strict=True)
