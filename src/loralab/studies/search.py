@@ -27,11 +27,12 @@ Each = Callable[[Callable[[Any], Any], Iterable[Any]], list[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """An arm at the learning rate that was found, and what that cost."""
+    """An arm at the learning rate that was found, and what that cost; `rates` are all that were tried."""
 
     arm: Arm
     rate: float | None
     first_seed: int = 0
+    rates: tuple[float, ...] = ()
     seconds: float = 0.0
     at_edge: bool = False
 
@@ -142,6 +143,7 @@ def tune(setup: StudySetup, arm: Arm, obtain: Obtain, measure: str, each: Each =
         arm=rates.with_rate(arm, best),
         rate=best if best is not None else arm.fields.get("learning_rate"),
         first_seed=setup.first_seed,
+        rates=tried,
         seconds=math.fsum(record.seconds for run, record in runs.items() if run.short or run.rate != best),
         at_edge=len(tried) > 1 and best in (tried[0], tried[-1]),
     )
