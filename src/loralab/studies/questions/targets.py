@@ -141,8 +141,8 @@ def _size_table(found: Comparison, by_size: Arms) -> Table:
     """Return which arm belongs to which family, and by how much it misses the budget."""
     rows = []
     for name, runs in found.arms.items():
-        off = {"off_budget": parameters(runs) / _budget(by_size) - 1} if name in by_size else {}
-        rows.append({**found.facts(name), "layers": choice_of(name), "rank": rank_of(name), **off})
+        off = parameters(runs) / _budget(by_size) - 1 if name in by_size else None
+        rows.append({**found.facts(name), "layers": choice_of(name), "rank": rank_of(name), "off_budget": off})
     size = ("layers", "rank", "adapter_parameters:count", "off_budget:signed percent")
     return table("table.layers_and_budget", rows, *size, score_column(found.metric), "step_seconds:seconds")
 
