@@ -20,7 +20,7 @@ def test_every_kind_of_chart_is_drawn_in_both_languages() -> None:
     charts = [
         Chart("intervals", "i", title, ROWS, axis, axis, options={"log": True, "chance": 1.5}),
         Chart("intervals", "n", title, NAMED, arm, axis, options={"percent": True}),
-        Chart("lines", "l", title, ROWS, axis, axis, arm, {"log_x": True, "band": True}),
+        Chart("lines", "l", title, ROWS, axis, axis, arm, {"log_x": True}),
         Chart("bars", "b", title, ROWS, arm, axis, arm),
         Chart("heat", "h", title, ROWS, axis, arm, arm),
         Chart("scatter", "s", title, ROWS, arm, axis),

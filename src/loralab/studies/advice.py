@@ -12,7 +12,7 @@ from typing import Any
 from loralab.studies.catalog import RECOMMEND
 from loralab.studies.commands import apply_command, flat, search_command
 from loralab.studies.compare import Comparison
-from loralab.studies.evidence import Metric, by_arm, means_of, metric_of, parameters
+from loralab.studies.evidence import Metric, by_arm, by_key, means_of, metric_of, parameters
 from loralab.studies.fields import configured
 from loralab.studies.message import Message, sentences
 from loralab.studies.ranking import FLOOR, ranked
@@ -57,10 +57,8 @@ class Advice:
 
 def grouped(sections: Sequence[Section]) -> list[list[Section]]:
     """Return the sections that stand on the same model and data, if any of them gives advice."""
-    groups: dict[tuple[str, str], list[Section]] = {}
-    for each in sections:
-        groups.setdefault((each.setup.model, each.setup.data), []).append(each)
-    return [group for group in groups.values() if any(s.answer.advice or s.answer.ranking for s in group)]
+    groups = by_key(sections, lambda each: (each.setup.model, each.setup.data)).values()
+    return [group for group in groups if any(s.answer.advice or s.answer.ranking for s in group)]
 
 
 def advised(group: Sequence[Section]) -> Advice:
@@ -84,19 +82,20 @@ def advised(group: Sequence[Section]) -> Advice:
 
 def _compared(group: Sequence[Section]) -> Comparison | None:
     """Compare all arms of the studies that met the same rows for as many steps; the largest such family."""
-    families: dict[str, list[Section]] = {}
-    for each in group:
-        setup = each.setup
-        same = [setup.fields, setup.rows, setup.mapping, setup.metric, setup.quick]
-        families.setdefault(json.dumps(same, sort_keys=True, default=list), []).append(each)
-    sizes = {key: sum(len(_able(each)) for each in family) for key, family in families.items()}
-    family = families[max(sizes, key=lambda key: sizes[key])]
+    families = by_key(group, lambda each: _met(each.setup)).values()
+    family = max(families, key=lambda family: sum(len(_able(each)) for each in family))
     records = [record for each in family for record in each.records]
     metric = metric_of(records, family[0].setup)
     if len(family) == 1 and (arms := _able(family[0])):
         ranking = family[0].answer.ranking
         return Comparison(every=by_arm(records), arms=arms, metric=metric, ranking=ranking)
     return _joined(family, metric)
+
+
+def _met(setup: StudySetup) -> str:
+    """Return what the arms of studies must share to have met the same rows for as many steps."""
+    same = [setup.fields, setup.rows, setup.mapping, setup.metric, setup.quick]
+    return json.dumps(same, sort_keys=True, default=list)
 
 
 def _joined(family: Sequence[Section], metric: Metric) -> Comparison | None:

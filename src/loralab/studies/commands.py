@@ -8,7 +8,6 @@ from typing import Any
 
 from loralab.studies.catalog import RECOMMEND, SEEDS_MAX, STUDIES
 from loralab.studies.contrast import Ranking
-from loralab.studies.ranking import asks_seeds, closest_rival
 from loralab.studies.study import MISSING, Record, StudySetup
 from loralab.values import join_pairs
 
@@ -30,12 +29,11 @@ def repeat_command(setup: StudySetup) -> str:
     parts = ["loralab", *(["recommend"] if search else ["study", setup.study])]
     parts += ["--model", setup.model, "--data", setup.data, *_map(setup)]
     parts += _seeds(setup)
-    for flag, field in REPEATED.items():
-        parts += [flag, str(setup.fields[field])] if field in setup.fields else []
-    parts += ["--test-rows", str(setup.rows["test"])]
-    parts += ["--values", ",".join(setup.values)] if setup.values and not search else []
-    parts += ["--margin", f"{setup.margin:g}"] if setup.margin is not None else []
-    parts += ["--metric", setup.metric] if setup.metric else []
+    given = {flag: setup.fields.get(field) for flag, field in REPEATED.items()} | {"--test-rows": setup.rows["test"]}
+    given |= {"--values": "" if search else ",".join(setup.values)}
+    given |= {"--margin": None if setup.margin is None else f"{setup.margin:g}", "--metric": setup.metric}
+    for flag, value in given.items():
+        parts += [] if value in (None, "") else [flag, str(value)]
     parts += ["--fixed-lr"] if setup.fixed_lr else []
     if setup.fixed_lr and "learning_rate" in setup.fields:  # else it is the question's own
         parts += ["--learning-rate", str(setup.fields["learning_rate"])]
@@ -53,8 +51,8 @@ def deciding_command(setup: StudySetup, found: Ranking | None, records: Sequence
     if setup.study == RECOMMEND:
         minutes = math.ceil(2 * sum(r.seconds + r.searched for r in records) / 60)
         return f"{search_command(setup)} {shlex.join(['--output-dir', folder, '--resume', '--budget', f'{minutes}m'])}"
-    closest, seeds = closest_rival(found), max(setup.seeds, LEAST_SEEDS)
-    if asks_seeds(closest):
+    closest, seeds = found.closest_rival, max(setup.seeds, LEAST_SEEDS)
+    if closest.asks_seeds:
         longer = replace(setup, quick=False, seeds=seeds, seeds_max=max(seeds, closest.seeds_needed or 0))
     elif max(setup.seeds, setup.seeds_max) < SEEDS_MAX:  # as many as a study may have before more is asked for
         longer = replace(setup, quick=False, seeds=seeds, seeds_max=SEEDS_MAX)

@@ -77,6 +77,11 @@ class Contrast:
         return needed(self.estimate, self.of_rows, self.rows, self.of_seeds) if self.of_rows else None
 
     @property
+    def asks_seeds(self) -> bool:
+        """Tell whether seeds, rather than test rows, would decide it."""
+        return self.seeds_needed is not None and self.of_seeds >= self.of_rows
+
+    @property
     def turned(self) -> "Contrast":
         """Return the same difference seen from the other arm."""
         opposite: dict[Verdict, Verdict] = {"better": "worse", "worse": "better"}
@@ -162,6 +167,23 @@ class Ranking:
             if (found.a, found.b) == (b, a):
                 return found.turned
         raise KeyError((a, b))
+
+    @property
+    def leader(self) -> str:
+        """Return the arm of the best mean score."""
+        return max(self.names, key=lambda name: self.means[name][0])
+
+    @property
+    def open_rivals(self) -> list[str]:
+        """Return the arms of which it is not decided whether the leader is better."""
+        top = self.leader
+        return [name for name in self.names if name != top and self.contrast(top, name).verdict == "undecided"]
+
+    @property
+    def closest_rival(self) -> Contrast:
+        """Compare the recommended arm of several with the one that is most likely to be better."""
+        rivals = [self.contrast(self.recommended or "", n) for n in self.names if n != self.recommended]
+        return min(rivals, key=lambda c: c.estimate / max(TINY, c.of_seeds + c.of_rows))
 
 
 def rank_arms(arms: Mapping[str, Sample], *, margin: float, costs: Mapping[str, float], floor: str = "") -> Ranking:

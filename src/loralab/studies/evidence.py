@@ -1,16 +1,19 @@
 """Records -> arms side by side, and differences with their intervals as data."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from loralab.studies.contrast import Contrast, Sample, half_width
-from loralab.studies.message import Column, Message, Table, columns
+from loralab.studies.message import Column, Message, Table, table
 from loralab.studies.study import DONE, EDGE, FALLING, Arm, Finding, Record, StudySetup
 from loralab.studies.wording import catalogue
 
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 COMMONEST = "commonest label"  # the arm that says it, whatever it is asked
 MANY_SEEDS, MANY_ROWS = 200, 1e6  # as good as never
 MARGIN = 1.0  # points of a score, percent of a loss: differences that do not matter
@@ -83,13 +86,17 @@ class Metric:
         return Message("score.interval" if self.rises else "score.loss_interval", value=value, low=low, high=high)
 
 
+def by_key(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Return items by a key, in the order in which the keys are met."""
+    found: dict[K, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
 def by_arm(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Return the records that have a score, by arm, in the arms' order."""
-    found: dict[str, list[Record]] = {}
-    for record in records:
-        if record.items.get("score"):
-            found.setdefault(record.arm.name, []).append(record)
-    return found
+    return by_key((r for r in records if r.items.get("score")), lambda r: r.arm.name)
 
 
 def commonest(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -195,32 +202,28 @@ def parameters(records: Sequence[Record]) -> float:
     return found if math.isfinite(found) else 0.0
 
 
-COSTS = columns("step_seconds:seconds", "peak_bytes:bytes", "file_bytes:bytes")
-LOSSES = columns("train_loss:plain", "validation_loss:plain", "gap:plain")
-
-
 def score_column(metric: Metric) -> Column:
     """Return the column of test scores with their intervals."""
     return Column("score", label=Message("column.score", metric=metric.text))
 
 
+LOSSES = ("train_loss:plain", "validation_loss:plain", "gap:plain")
+COSTS = ("step_seconds:seconds", "peak_bytes:bytes", "file_bytes:bytes")
+NUMBERS = [spec.partition(":")[0] for spec in (*LOSSES, *COSTS)]
+
+
+def facts(name: str, own: Sequence[Record], metric: Metric) -> dict[str, Any]:
+    """Return what tables and sentences tell of an arm: size, score with its interval, losses, cost."""
+    known = {"arm": name, "metric": metric.text, "score": metric.scored(own), "adapter_parameters": parameters(own)}
+    return {**known, "rate": rate(own), "forgetting": forgetting_of(own), **means_of(own, NUMBERS)}
+
+
 def scores_table(arms: Mapping[str, Sequence[Record]], metric: Metric) -> Table:
     """Return every arm: size, score with its interval, losses, cost."""
-    numbers = (*LOSSES, *COSTS)
-    rows = [
-        {
-            "arm": name,
-            "adapter_parameters": parameters(own),
-            "score": metric.scored(own),
-            "rate": rate(own),
-            "forgetting": forgetting_of(own),
-            **means_of(own, [column.name for column in numbers]),
-        }
-        for name, own in arms.items()
-    ]
+    rows = [facts(name, own, metric) for name, own in arms.items()]
     forgetting = ["forgetting"] if any(row["forgetting"] is not None for row in rows) else []
-    shown = columns("arm", "adapter_parameters:count", score_column(metric), *forgetting, *LOSSES, "rate", *COSTS)
-    return Table(title=Message("table.scores"), columns=shown, rows=rows)
+    size = ("arm", "adapter_parameters:count")
+    return table("table.scores", rows, *size, score_column(metric), *forgetting, *LOSSES, "rate", *COSTS)
 
 
 def forgetting_of(records: Sequence[Record]) -> Message | None:

@@ -69,9 +69,8 @@ def lines(
     log_y: bool = False,
     chance: float | None = None,
     percent: bool = False,
-    band: bool = False,
 ) -> Any:
-    """Draw curves: {"arm", "x", "y"}, one line for each arm; with `band` also "low" and "high"."""
+    """Draw curves: {"arm", "x", "y"}, one line for each arm."""
     chosen = alt.selection_point(fields=["arm"], bind="legend")
     scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False, nice=False)
     place = alt.X("x:Q", title=x, scale=scale)
@@ -79,9 +78,8 @@ def lines(
     colour = alt.Color("arm:N", title=by, sort=_names(rows, "arm"))
     faint = alt.condition(chosen, alt.value(1), alt.value(0.08))
     base = alt.Chart(_data(rows)).encode(x=place, color=colour)
-    area = base.mark_area(opacity=0.15).encode(y=axis("low"), y2="high:Q")
     line = base.mark_line(point=len(rows) < 80).encode(y=axis("y"), opacity=faint, tooltip=_tip(("x", "y")))
-    return alt.layer(*([area] if band else []), line.add_params(chosen), *_across(chance))
+    return alt.layer(line.add_params(chosen), *_across(chance))
 
 
 def bars(rows: Rows, *, x: str, y: str, by: str | None = None, percent: bool = False) -> Any:
@@ -118,12 +116,10 @@ def heat(
     return alt.layer(cells, *([text] if numbers else [])).properties(height=height)
 
 
-def scatter(rows: Rows, *, x: str, y: str, log_x: bool = False, percent: bool = False) -> Any:
+def scatter(rows: Rows, *, x: str, y: str) -> Any:
     """Draw named points, such as cost against score: {"arm", "x", "y"}."""
-    scale = alt.Scale(type="log") if log_x else alt.Scale(zero=False, padding=30)
-    base = alt.Chart(_data(rows)).encode(
-        x=alt.X("x:Q", title=x, scale=scale), y=_value(alt.Y, y, percent)("y"), tooltip=_tip(("x", "y"))
-    )
+    across = alt.X("x:Q", title=x, scale=alt.Scale(zero=False, padding=30))
+    base = alt.Chart(_data(rows)).encode(x=across, y=_value(alt.Y, y, False)("y"), tooltip=_tip(("x", "y")))
     names = base.mark_text(dy=-11, fontSize=11).encode(text="arm:N")
     return alt.layer(base.mark_point(filled=True, size=80, opacity=1), names)
 

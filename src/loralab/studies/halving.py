@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loralab.studies.evidence import by_arm, metric_of
+from loralab.studies.evidence import by_arm, by_key, metric_of
 from loralab.studies.ranking import ranked
 from loralab.studies.rates import loss_of, rounded, usual, with_rate
 from loralab.studies.search import Each, Obtain, in_turn, possible_best, seeded, shortened
@@ -101,10 +101,9 @@ def survivors(setup: StudySetup, ran: Sequence[tuple[Arm, Record]]) -> list[Arm]
     Short runs favour rates that whole ones do not bear.
     """
     losses = [loss_of(record) for _, record in ran]
-    turns: dict[float, list[Arm]] = {}
-    for place in sorted((i for i, loss in enumerate(losses) if math.isfinite(loss)), key=losses.__getitem__):
-        arm = ran[place][0]
-        turns.setdefault(rounded(float(arm.fields["learning_rate"]) / usual(setup, arm)), []).append(arm)
+    best_first = sorted((i for i, loss in enumerate(losses) if math.isfinite(loss)), key=losses.__getitem__)
+    arms = (ran[place][0] for place in best_first)
+    turns = by_key(arms, lambda arm: rounded(float(arm.fields["learning_rate"]) / usual(setup, arm)))
     return [arm for turn in itertools.zip_longest(*turns.values()) for arm in turn if arm is not None]
 
 

@@ -71,15 +71,6 @@ class Column:
         return self.label or Message(f"column.{self.name}")
 
 
-def columns(*specs: str | Column) -> list[Column]:
-    """Return columns from names, or names and formats such as "step_seconds:seconds", and a heading's key after that."""
-    return [_column(*spec.split(":")) if isinstance(spec, str) else spec for spec in specs]
-
-
-def _column(name: str, format: str = "", heading: str = "") -> Column:
-    return Column(name, format, Message(heading) if heading else None)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Rows of values under their columns; a value that a row lacks is shown as a dash."""
@@ -87,6 +78,20 @@ class Table:
     title: Message
     columns: Sequence[Column]
     rows: Sequence[Mapping[str, Any]]
+
+
+def table(title: Message | str, rows: Sequence[Mapping[str, Any]], *shown: Column | str) -> Table:
+    """Return a table; a column may be given as "name", "name:format" or "name:format:key of its heading"."""
+    columns = [_column(*spec.split(":")) if isinstance(spec, str) else spec for spec in shown]
+    return Table(title=_message(title), columns=columns, rows=rows)
+
+
+def _column(name: str, format: str = "", heading: str = "") -> Column:
+    return Column(name, format, Message(heading) if heading else None)
+
+
+def _message(text: Message | str) -> Message:
+    return Message(text) if isinstance(text, str) else text
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,11 @@ def chart(
     **options: Any,
 ) -> Chart:
     """Return a chart whose titles are messages, or the keys of messages that speak of no values."""
-    titles = [Message(text) if isinstance(text, str) else text for text in (title, x, y)]
-    legend = Message(by) if isinstance(by, str) else by
-    return Chart(kind, name, titles[0], rows, titles[1], titles[2], legend, options)
+    legend = None if by is None else _message(by)
+    return Chart(kind, name, _message(title), rows, _message(x), _message(y), legend, options)
+
+
+def points(curves: Mapping[Any, Mapping[Any, float] | Sequence[float]]) -> list[dict[str, Any]]:
+    """Return the rows of a chart of lines, from each arm's values by x, or at 1, 2, 3 and so on."""
+    pairs = {arm: own.items() if isinstance(own, Mapping) else enumerate(own, 1) for arm, own in curves.items()}
+    return [{"arm": arm, "x": x, "y": y} for arm, own in pairs.items() for x, y in own]

@@ -13,7 +13,9 @@ from loralab.adapters.paths import ends_with
 from loralab.adapters.presets import in_attention
 from loralab.adapters.targets import blocks, linear_names, target_names
 from loralab.errors import ConfigError, TargetError
+from loralab.models.load import Base
 from loralab.studies.message import Message
+from loralab.studies.study import Arm, StudySetup
 from loralab.values import check_choice
 
 QV, ATTENTION, MLP, ALL = "q+v", "attention", "mlp", "all-linear"
@@ -54,13 +56,25 @@ def choices(model: nn.Module) -> dict[str, Targets]:
     return found
 
 
-def require_choice(value: str, model: str, able: Mapping[str, Targets]) -> None:
-    """Refuse a value that is none of CHOICES, or not among those that a model has."""
-    check_choice("values", value, CHOICES)
-    if value not in able:
-        raise ConfigError(
-            f"{model} has no layers that {value!r} means; it has {', '.join(able)}", code="no_layers", field="values"
-        )
+def able_choices(setup: StudySetup, base: Base) -> dict[str, Targets]:
+    """Return the choices that a model has, once each of --values is known to be one of them.
+
+    Raises:
+        ConfigError: a value is none of CHOICES, or not among those that the model has.
+    """
+    able = choices(base.model)
+    for value in setup.values:
+        check_choice("values", value, CHOICES)
+        if value not in able:
+            message = f"{base.name} has no layers that {value!r} means; it has {', '.join(able)}"
+            raise ConfigError(message, code="no_layers", field="values")
+    return able
+
+
+def arm_of(name: str, rank: int, targets: Targets) -> Arm:
+    """Return LoRA on a choice of layers; the reference arm has the fields that all studies give it."""
+    fields = {"method": "lora", "rank": rank, **({} if name == ALL else {"target_modules": targets})}
+    return Arm(name=f"{name} r={rank}", fields=fields)
 
 
 def advised(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,11 +130,11 @@ def layout(model: nn.Module) -> list[dict[str, Any]]:
 
 def layer_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a layout as rows of a table: layer, shape, count, adapted_by."""
-    shapes = [f"{row['outputs']} × {row['inputs']}" for row in rows]
-    return [
-        {"layer": row["type"], "shape": shape, "count": row["count"], "adapted_by": Message(f"place.{row['place']}")}
-        for row, shape in zip(rows, shapes, strict=True)
-    ]
+    found = []
+    for row in rows:
+        shape, place = f"{row['outputs']} × {row['inputs']}", Message(f"place.{row['place']}")
+        found.append({"layer": row["type"], "shape": shape, "count": row["count"], "adapted_by": place})
+    return found
 
 
 def outside(rows: Sequence[Mapping[str, Any]]) -> list[str]:

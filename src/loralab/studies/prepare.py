@@ -11,12 +11,11 @@ from loralab.studies.catalog import RECOMMEND, STUDIES
 from loralab.studies.fields import configured
 from loralab.studies.measures.forgetting import digest_of
 from loralab.studies.study import Arm, StudySetup
-from loralab.studies.trained import rows_of
+from loralab.studies.trained import base_with, rows_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import encode
 from loralab.tasks.score import evaluate
 from loralab.training.attached import with_head
-from loralab.training.preflight import load_base
 from loralab.training.run_facts import RunFacts, facts_of
 
 
@@ -56,7 +55,7 @@ def prepare(setup: StudySetup, given: Sequence[Arm] | None) -> tuple[list[Arm], 
 def base_of(setup: StudySetup, task: Task | None = None) -> Base:
     """Return the model of a study, as its task needs it, once its rows are known to be readable."""
     task = task or rows_of(setup)
-    base = load_base(setup.model, task, "fp32", 0, image_size=setup.fields.get("image_size"))
+    base = base_with(setup, task)
     encode(task, "test", base.tokenizer, kind=base.kind, max_length=setup.max_length)
     if setup.metric:
         few = evaluate(base.model, base.tokenizer, task, "test", kind=base.kind, limit=2).metrics

@@ -1,16 +1,14 @@
-"""Arms side by side: who is best, whom it beats, what is recommended."""
+"""Records of arms, or rows of anything -> a ranking."""
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from loralab.studies.contrast import TINY, Contrast, Ranking, Sample, rank_arms
-from loralab.studies.evidence import COMMONEST, Metric, best_arm, claim, mean_of, parameters, sample
-from loralab.studies.message import Message, sentences
-from loralab.studies.study import Finding, Record
+from loralab.studies.contrast import Ranking, Sample, rank_arms
+from loralab.studies.evidence import COMMONEST, Metric, best_arm, mean_of, parameters, sample
+from loralab.studies.study import Record
 
 Arms = Mapping[str, Sequence[Record]]
 FLOOR = "base"  # the arm that a recommended one must beat
@@ -72,87 +70,3 @@ def rank_rows(arms: Mapping[str, Sequence[Any]], metric: Metric, level: float | 
         spread = metric.spread_at(float(scores.mean()) if level is None else level)
         samples[name] = Sample(scores=scores, spread=spread)
     return rank_arms(samples, margin=metric.margin_at(level or 1.0), costs=dict.fromkeys(arms, 0.0))
-
-
-def describe_ranking(found: Ranking, arms: Arms, metric: Metric) -> Message:
-    """Say a ranking, to follow "at equal ..."."""
-    top = leader(found)
-    score = metric.value(mean_of(arms[top], "score"))
-    others = {name: found.contrast(top, name).verdict for name in found.names if name != top}
-    if not others:
-        return Message("ranking.single", arm=top, score=score)
-    parts = [
-        Message(f"ranking.{verdict}", arms=list(own))
-        for verdict in ("better", "equivalent", "undecided")
-        if (own := [name for name, its in others.items() if its == verdict])
-    ]
-    return Message("ranking.leader", arm=top, score=score, parts=parts)
-
-
-def recommendation(found: Ranking, arms: Arms, metric: Metric) -> Message:
-    """Say what to take, how sure that is, and what would decide it where it is not."""
-    name = found.recommended
-    if name is None:
-        return Message("ranking.nothing" if COMMONEST not in found.means else "ranking.nothing_learnt")
-    facts = Message(
-        "ranking.facts",
-        arm=name,
-        score=metric.value(mean_of(arms[name], "score")),
-        parameters=parameters(arms[name]),
-        probability=found.best[name],
-        regret=metric.change(found.regret[name]),
-    )
-    if found.decided:
-        return Message("ranking.take", facts=facts)
-    return sentences(Message("ranking.open", facts=facts), _would_decide(found))
-
-
-def _would_decide(found: Ranking) -> Message:
-    """Return what it takes to tell the recommended arm from the one that is most likely to be better."""
-    closest = closest_rival(found)
-    if asks_seeds(closest):
-        return Message("ranking.seeds_would_tell", seeds=closest.seeds_needed, rival=closest.b)
-    if closest.rows_needed is not None:
-        return Message("ranking.rows_would_tell", rows=closest.rows_needed, rival=closest.b)
-    return Message("ranking.more_would_tell", rival=closest.b)
-
-
-def closest_rival(found: Ranking) -> Contrast:
-    """Compare the recommended arm of several with the one that is most likely to be better."""
-    rivals = [found.contrast(found.recommended or "", n) for n in found.names if n != found.recommended]
-    return min(rivals, key=lambda c: c.estimate / max(TINY, c.of_seeds + c.of_rows))
-
-
-def asks_seeds(found: Contrast) -> bool:
-    """Tell whether seeds, rather than test rows, would decide a contrast."""
-    return found.seeds_needed is not None and found.of_seeds >= found.of_rows
-
-
-def among(found: Ranking, names: Iterable[str]) -> Ranking:
-    """Return the same ranking with only some of its arms in view."""
-    wanted = set(names)
-    return replace(found, names=tuple(name for name in found.names if name in wanted))
-
-
-def leader(found: Ranking) -> str:
-    """Return the arm of the best mean score."""
-    return max(found.names, key=lambda name: found.means[name][0])
-
-
-def open_rivals(found: Ranking) -> tuple[str, ...]:
-    """Return the arms of which it is not decided whether the leader is better."""
-    top = leader(found)
-    return tuple(n for n in found.names if n != top and found.contrast(top, n).verdict == "undecided")
-
-
-def claims(found: Ranking, metric: Metric, names: Sequence[str] | None = None) -> list[Finding]:
-    """Compare every pair of some arms once, the better mean first; none is all that can be recommended."""
-    wanted = sorted(found.names if names is None else names, key=lambda name: -found.means[name][0])
-    return [claim(found.contrast(a, b), metric) for a, b in itertools.combinations(wanted, 2)]
-
-
-def next_step(found: Ranking, otherwise: Message) -> Message:
-    """Suggest seeds for the arms that are not decided; where all are, something else."""
-    if not (rivals := open_rivals(found)):
-        return otherwise
-    return Message("ranking.add_seeds", arms=[leader(found), *rivals])

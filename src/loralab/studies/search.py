@@ -13,7 +13,7 @@ from loralab.studies import rates
 from loralab.studies.contrast import Ranking
 from loralab.studies.evidence import by_arm, metric_of
 from loralab.studies.prepare import question_module
-from loralab.studies.ranking import leader, ranked
+from loralab.studies.ranking import ranked
 from loralab.studies.rates import Run
 from loralab.studies.study import EDGE, MISSING, Arm, Record, StudySetup, Trial
 from loralab.studies.trained import MEASURE, SEARCH
@@ -115,7 +115,7 @@ def contenders(records: Sequence[Record], setup: StudySetup) -> list[str]:
     if len(arms) < 2 or runs >= 2 * began:
         return []
     found = ranked(arms, metric_of(records, setup))
-    able, first = possible_best(found), leader(found)
+    able, first = possible_best(found), found.leader
     pairs = [found.contrast(first, name) for name in able if name != first]
     return able if any(pair.of_seeds > WORTH * pair.of_rows for pair in pairs) else []
 

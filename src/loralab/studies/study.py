@@ -19,6 +19,7 @@ FORMAT = 1  # of records; a change makes old ones unreadable, and their trials r
 FALLING = ("loss", "perplexity", "rmse")  # metrics of which less is better
 MOST_SEEDS = 1_000
 EDGE = "edge"  # texts["rate"] of a record whose best rate lies at the edge of what was tried
+NOT_MEASURED = Message("answer.not_measured")
 STATUSES = DONE, DIVERGED, FAILED, MISSING = "done", "diverged", "failed", "missing"
 
 
@@ -212,14 +213,15 @@ class Answer:
     ranking: Any = None
 
     def __post_init__(self) -> None:
-        """Leave out charts in which nothing would be drawn."""
-        object.__setattr__(self, "figures", [chart for chart in self.figures if chart.rows])
+        """Leave out charts in which nothing would be drawn, and tables without rows."""
+        for name in ("figures", "tables"):
+            object.__setattr__(self, name, [part for part in getattr(self, name) if part.rows])
 
 
-def nothing_measured(setup: StudySetup, labels: Sequence[Message | str] = ()) -> Answer:
-    """Return the answer of a study that has no record yet; every blank says so."""
+def nothing_measured(setup: StudySetup, labels: Sequence[Message | str] = (), **known: Any) -> Answer:
+    """Return the answer of a study that has no record yet, where every blank says so; with what is known all the same."""
     nothing = Message("answer.nothing", study=setup.study)
-    return Answer(sentence=nothing, blanks=[(label, nothing) for label in labels])
+    return Answer(**{"sentence": nothing, "blanks": [(label, nothing) for label in labels], **known})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from loralab.studies.study import DIVERGED, DONE, FAILED, FALLING, Arm, Record, 
 from loralab.tasks import catalog
 from loralab.tasks.catalog import Task
 from loralab.tasks.score import Scores, evaluate
-from loralab.training.preflight import CONFIG
+from loralab.training.preflight import CONFIG, load_base
 from loralab.training.record import read_metrics
 from loralab.training.request import Request
 from loralab.training.run import Run, run_request
@@ -107,6 +107,12 @@ def rows_of(setup: StudySetup) -> Task:
     task = catalog.find(setup.data, mapping=setup.mapping, seed=0)
     splits = {name: rows[: setup.rows.get(name)] for name, rows in task.splits.items()}
     return replace(task, splits=splits)
+
+
+def base_with(setup: StudySetup, task: Task, precision: str = "fp32", seed: int = 0, *, quantize: str = "none") -> Base:
+    """Return the model of a study as a task needs it; the seed is that of a new head."""
+    size = setup.fields.get("image_size")
+    return load_base(setup.model, task, precision, seed, quantize=quantize, image_size=size)
 
 
 def scored(trial: Trial, run: Run, folder: Path) -> Record:
@@ -218,11 +224,8 @@ def forget(folder: Path, size: int) -> None:
 
 def untrained(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Score the base model as it is, on the same test rows."""
-    from loralab.training.preflight import load_base
-
     setup, task = trial.setup, rows_of(trial.setup)
-    precision = str(setup.fields.get("precision", "auto"))
-    base = load_base(setup.model, task, precision, 0, image_size=setup.fields.get("image_size"))
+    base = base_with(setup, task, str(setup.fields.get("precision", "auto")))
     scores = score(base, task)
     metric = setup.metric or scores.main
     general = forgetting.measured(base, task, setup.general, (folder, trial))

@@ -183,7 +183,7 @@ def test_the_source_s_table_is_filled() -> None:
     answer = methods.conclude([*TRAINED, timed(WAYS)], SETUP)
     assert [label for label, _ in answer.blanks] == [*methods.SOURCE, methods.CHOICE]
     columns = [column.name for column in answer.tables[0].columns]
-    assert columns == ["method", "parameters", "latency", "step_seconds", "score"]
+    assert columns == ["method", "adapter_parameters", "latency", "step_seconds", "score"]
     assert answer.blanks[2][1].values["arm"] == "prefix p=2"  # the better of two lengths
     merged = message_in(answer.blanks[0][1], "methods.time_merged").values["time"].values
     assert merged["seconds"] == pytest.approx(0.01, rel=0.01)

@@ -152,7 +152,7 @@ def test_a_planted_order_fills_the_blanks() -> None:
     answer = targets.conclude(records, SETUP)
     assert keys_in([label for label, _ in answer.blanks]) == ["targets.smallest", "targets.value", "targets.ceiling"]
     smallest, value, _ = (message_in(text, "targets.described").values for _, text in answer.blanks)
-    assert (smallest["arm"], smallest["parameters"]) == ("q+v r=8", 100)
+    assert (smallest["arm"], smallest["adapter_parameters"]) == ("q+v r=8", 100)
     found = answer.ranking
     assert value["arm"] == found.recommended
     families = [m.values["ranking"] for m in answer.sentence.values["parts"][:2]]

@@ -12,7 +12,7 @@ from loralab.models.catalog import MODELS
 from loralab.models.pictures import side as side_of
 from loralab.models.source import resolve
 from loralab.studies.catalog import WRITER
-from loralab.studies.message import Column, Message, Table, columns, sentences
+from loralab.studies.message import Column, Message, Table, sentences, table
 from loralab.studies.places import ATTENTION, MLP, layer_rows, layout
 from loralab.studies.prepare import base_of
 from loralab.studies.study import Record, Trial
@@ -60,17 +60,17 @@ def facts(model: Any, side: int) -> dict[str, Any]:
     }
 
 
-def anatomy_table(tables: Mapping[str, Any]) -> list[Table]:
+def anatomy_table(tables: Mapping[str, Any]) -> Table:
     """Return both models' linear layers by type: shape, number, and what LoRA of rank 8 trains there."""
     rows = []
-    for kind, name in (("vision", Message("vision.this_model")), ("language", WRITER)):
+    models = {"vision": Message("vision.this_model"), "language": WRITER} if tables.get("vision") else {}
+    for kind, name in models.items():
         layers = tables.get(kind, ())
         sizes = [row["count"] * RANK * (row["outputs"] + row["inputs"]) for row in layers]
         pairs = zip(layer_rows(layers), sizes, strict=True)
         rows += [{"model": name, "lora_parameters": size, **row} for row, size in pairs]
     last = Column("lora_parameters", "count", label=Message("column.lora_parameters", rank=RANK))
-    shown = columns("model", "adapted_by", "layer", "shape", "count", last)
-    return [Table(title=Message("table.anatomy"), columns=shown, rows=rows)] if tables.get("vision") else []
+    return table("table.anatomy", rows, "model", "adapted_by", "layer", "shape", "count", last)
 
 
 def likeness(tables: Mapping[str, Any]) -> Message:

@@ -12,10 +12,9 @@ from loralab.adapters.load import load
 from loralab.errors import BaseMismatchWarning
 from loralab.models.load import Base
 from loralab.studies.study import Arm, StudySetup, Trial
-from loralab.studies.trained import MEASURE, Tell, rows_of, trained
+from loralab.studies.trained import MEASURE, Tell, base_with, rows_of, trained
 from loralab.tasks.catalog import Task
 from loralab.tasks.kinds.registry import kind_named
-from loralab.training.preflight import load_base
 
 REFERENCE = Arm(name="r=8", fields={"method": "lora", "rank": 8}, tuned=False, plain=True)
 
@@ -36,9 +35,8 @@ def base_for(setup: StudySetup, precision: str = "", *, quantize: str = "none", 
         precision: its dtype; empty is the study's.
         seed: of a new head.
     """
-    task, fields = rows_of(setup), setup.fields
-    dtype = precision or str(fields.get("precision", "auto"))
-    return load_base(setup.model, task, dtype, seed, quantize=quantize, image_size=fields.get("image_size")), task
+    task, usual = rows_of(setup), str(setup.fields.get("precision", "auto"))
+    return base_with(setup, task, precision or usual, seed, quantize=quantize), task
 
 
 def copy_of(base: Base) -> Base:

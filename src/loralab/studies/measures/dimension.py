@@ -16,7 +16,6 @@ from loralab.studies.study import DIVERGED, Record, Trial
 from loralab.studies.subspace import Subspace, fit
 from loralab.studies.trained import Tell, items_of, rows_of, score
 from loralab.tasks.catalog import Task
-from loralab.training.preflight import load_base
 
 MEASURE_DIMENSION = "loralab.studies.measures.dimension:measure"
 MEASURE_FLOOR = "loralab.studies.measures.dimension:measure_floor"
@@ -40,7 +39,7 @@ def _one(trial: Trial, task: Task, rate: float) -> Record:
     size = int(trial.arm.options["d"])
     own = {"method": "full", "learning_rate": rate / math.sqrt(size), "seed": trial.seed}
     _, training = configured({**trial.setup.fields, **own})
-    base = load_base(trial.setup.model, task, training.precision, training.seed, image_size=training.image_size)
+    base = trained.base_with(trial.setup, task, training.precision, training.seed)
     with torch.random.fork_rng():
         torch.manual_seed(trial.seed)  # of dropout
         generator = torch.Generator().manual_seed(trial.seed)

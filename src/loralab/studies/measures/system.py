@@ -30,7 +30,6 @@ from loralab.tasks.examples import Example
 from loralab.tasks.forward import call
 from loralab.tasks.kinds.registry import kind_named
 from loralab.training.attached import with_head
-from loralab.training.preflight import load_base
 
 MEASURE_TASK = "loralab.studies.measures.system:measure_task"
 MEASURE_SYSTEM = "loralab.studies.measures.system:measure_system"
@@ -102,8 +101,7 @@ def adapters_of(trial: Trial, folder: Path, tell: Tell) -> list[Stored]:
 
 def loaded(trial: Trial, task: Task) -> tuple[Base, float]:
     """Return the base model in fp32, ready to answer, and the seconds that loading it took."""
-    size = trial.setup.fields.get("image_size")
-    base, seconds = timing.timed(lambda: load_base(trial.setup.model, task, "fp32", 0, image_size=size))
+    base, seconds = timing.timed(lambda: trained.base_with(trial.setup, task))
     base.model.eval().requires_grad_(False)
     return base, seconds
 

@@ -18,7 +18,7 @@ from loralab.adapters.spectrum import singular_values
 from loralab.artefacts.loaded_adapter import load_with_base
 from loralab.errors import RunError
 from loralab.studies.measures.layers import low_rank
-from loralab.studies.message import Chart, Message, Table, chart, columns
+from loralab.studies.message import Chart, Message, Table, chart, table
 from loralab.studies.places import layer_rows, layout, outside, source_reaches_mlp, type_of
 from loralab.studies.prepare import base_of
 from loralab.studies.store import RECORD
@@ -95,12 +95,9 @@ def update_chart(tables: Mapping[str, Any]) -> Chart:
     return chart("bars", "importance", "targets.updates_chart", rows, *axes)
 
 
-def layers_table(tables: Mapping[str, Any]) -> list[Table]:
+def layers_table(tables: Mapping[str, Any]) -> Table:
     """Return what the choices mean on this model."""
-    if not tables.get("layers"):
-        return []
-    shown = columns("layer", "shape", "count", "adapted_by")
-    return [Table(title=Message("table.layers"), columns=shown, rows=layer_rows(tables["layers"]))]
+    return table("table.layers", layer_rows(tables.get("layers", ())), "layer", "shape", "count", "adapted_by")
 
 
 def source_names(tables: Mapping[str, Any]) -> list[Message]:

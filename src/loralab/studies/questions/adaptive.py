@@ -10,13 +10,13 @@ import numpy as np
 from loralab.adapters.methods import IMPORTANCES
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms
-from loralab.studies.evidence import mean_of, means_of, parameters, score_column
+from loralab.studies.evidence import by_key, mean_of, means_of, parameters, score_column
 from loralab.studies.measures.shrinking import MEASURE_BUDGET
 from loralab.studies.measures.watch import mean_of_steps
-from loralab.studies.message import Chart, Message, Table, chart, clauses, columns, sentences
+from loralab.studies.message import Chart, Message, Table, chart, clauses, points, sentences, table
 from loralab.studies.places import place_of, type_of
 from loralab.studies.ranking import Arms
-from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
+from loralab.studies.study import NOT_MEASURED, Answer, Arm, Finding, Record, StudySetup, nothing_measured
 
 T = TypeVar("T", bound=Hashable)
 TARGET = 4
@@ -80,7 +80,7 @@ def _where(name: str, runs: Sequence[Record]) -> Message:
     """Say which modules and layers have most, and whether seeds agree about it."""
     ranks = _ranks_of(runs)
     if not ranks:
-        return Message("answer.not_measured")
+        return NOT_MEASURED
     modules, layers = _mean_by(type_of, ranks.items()), _mean_by(lambda path: place_of(path)[0], ranks.items())
     most, least = max(modules, key=lambda m: modules[m]), min(modules, key=lambda m: modules[m])
     extremes = Message(
@@ -111,18 +111,18 @@ def _challenges(name: str, rivals: Mapping[str, str], trained: Arms) -> Message:
 
 def _budget_table(found: Comparison, rivals: Mapping[str, str]) -> Table:
     """Return ranks and parameters of every arm, in training and in the file."""
-    ranks, costs, rows = ("ranks_start", "ranks_left", "ranks_in_file"), ("stored_parameters", "step_seconds"), []
+    ranks, rows = ("ranks_start", "ranks_left", "ranks_in_file"), []
     for name, runs in found.arms.items():
-        numbers = means_of(runs, (*ranks, *costs)) | {"training_parameters": parameters(runs)}
+        numbers = means_of(runs, (*ranks, "stored_parameters")) | {"training_parameters": parameters(runs)}
         if not is_adaptive(runs[0]):
             numbers |= dict.fromkeys(ranks, _uniform_sum(name, rivals, found.arms))
             numbers["stored_parameters"] = numbers["training_parameters"]
         losses = [run.series["loss"][0] for run in runs if run.series.get("loss")]
         first = float(np.mean(losses)) if losses else None
-        rows.append({"arm": name, "first_loss": first, "score": found.metric.scored(runs), **numbers})
+        rows.append({**found.facts(name), "first_loss": first, **numbers})
     sizes = (*(f"{name}:count" for name in ranks), "training_parameters:count", "stored_parameters:count")
-    shown = columns("arm", *sizes, "step_seconds:seconds", "first_loss:.4f", score_column(found.metric))
-    return Table(title=Message("table.budget"), columns=shown, rows=rows)
+    last = ("step_seconds:seconds", "first_loss:.4f")
+    return table("table.budget", rows, "arm", *sizes, *last, score_column(found.metric))
 
 
 def _uniform_sum(name: str, rivals: Mapping[str, str], trained: Arms) -> float:
@@ -152,11 +152,8 @@ def _ranks_of(runs: Sequence[Record]) -> dict[str, float]:
 
 def _mean_by(group: Callable[[str], T | None], ranks: Iterable[tuple[str, float]]) -> dict[T, float]:
     """Return the mean rank of every group of modules, such as those of a layer; what is in none is left out."""
-    members: dict[T, list[float]] = {}
-    for path, rank in ranks:
-        if (own := group(path)) is not None:
-            members.setdefault(own, []).append(rank)
-    return {own: float(np.mean(found)) for own, found in members.items()}
+    members = by_key(ranks, lambda pair: group(pair[0]))
+    return {own: float(np.mean([rank for _, rank in found])) for own, found in members.items() if own is not None}
 
 
 def agreement(runs: Sequence[Record]) -> float | None:
@@ -179,11 +176,10 @@ def _budget_chart(moved: Arms) -> Chart:
             for series in ("budget", "schedule")
         )
         lines |= {name: left} if left == planned else {name: left, Message("adaptive.schedule", arm=name): planned}
-    rows = [{"arm": line, "x": i, "y": ranks} for line, curve in lines.items() for i, ranks in enumerate(curve, 1)]
     targets = {mean_of(runs, "ranks_target") for runs in moved.values()}
     target = targets.pop() if len(targets) == 1 else None
     titles = ("axis.step", "adaptive.sum_of_ranks", "column.arm")
-    return chart("lines", "adaptive-budget", "adaptive.budget_chart", rows, *titles, chance=target)
+    return chart("lines", "adaptive-budget", "adaptive.budget_chart", points(lines), *titles, chance=target)
 
 
 def _ranks_chart(name: str, runs: Sequence[Record]) -> Chart:

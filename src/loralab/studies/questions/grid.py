@@ -6,12 +6,7 @@ from dataclasses import replace
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.compare import compare_arms
-from loralab.studies.message import Message
-from loralab.studies.ranking import claims
 from loralab.studies.study import Answer, Arm, Record, StudySetup, nothing_measured
-from loralab.studies.trained import MEASURE
-
-__all__ = ["MEASURE", "arms", "conclude"]
 
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
@@ -24,5 +19,5 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     found = compare_arms(records, setup)
     if found is None:
         return nothing_measured(setup)
-    chart = replace(found.chart("grid", Message("column.arm")), name=setup.study)
-    return found.answer(findings=claims(found.ranking, found.metric), figures=[chart])
+    chart = replace(found.chart("grid", "column.arm"), name=setup.study)
+    return found.answer(findings=found.claims(), figures=[chart])

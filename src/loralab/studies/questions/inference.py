@@ -1,7 +1,6 @@
 """Q8: does LoRA speed inference up? Merged, beside the base, many at once, and made smaller."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from loralab.models.load import Base
@@ -10,13 +9,10 @@ from loralab.studies.evidence import claim, finding
 from loralab.studies.measures.carried import REFERENCE
 from loralab.studies.measures.deployed import BASE, DENSE, LOOPED, MEASURE_ADAPTERS, MEASURE_SMALLER, MERGED, UNMERGED
 from loralab.studies.measures.passes import Way
-from loralab.studies.message import Chart, Column, Message, Table, clauses, columns, sentences
+from loralab.studies.message import Chart, Column, Message, Table, chart, clauses, sentences, table
 from loralab.studies.readings.deployments import Deployed, adapters_of, deployed_of
-from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
+from loralab.studies.study import NOT_MEASURED, Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import added, longer
-from loralab.studies.trained import MEASURE
-
-__all__ = ["MEASURE", "arms", "conclude"]
 
 LATENCY = "latency"
 SMALLER = {"int8": "int8", "nf4": "NF4", "pruned": "50 % zeros"}
@@ -26,7 +22,6 @@ ADAPTERS = (2, 8, 64)
 SECONDS = ((90.0, 30.0), (16.0, 4.0))  # of timing: many variants, two variants
 TRIALS = (40, 6)
 LABELS = tuple(Message(f"inference.{name}_label") for name in ("speed", "many", "others", "view"))
-MISSING = Message("answer.not_measured")
 
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
@@ -51,14 +46,14 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return every way against its own control at every batch, the source's three points, and a view."""
     timed = deployed_of(records, setup)
     if not timed.times:
-        return replace(nothing_measured(setup), blanks=[(label, MISSING) for label in LABELS])
+        return nothing_measured(setup, blanks=[(label, NOT_MEASURED) for label in LABELS])
     refused = [{"variant": name, "reason": reason} for name, reason in timed.refused.items()]
-    left = Table(title=Message("inference.refused"), columns=(Column("variant"), Column("reason")), rows=refused)
+    left = table("inference.refused", refused, "variant", "reason")
     return Answer(
         sentence=_sentence(timed),
         findings=_findings(timed),
         blanks=list(zip(LABELS, (_speed(timed), _many(timed), _others(timed), _view(timed)), strict=True)),
-        tables=[_times_table(timed), _costs_table(timed), *([left] if refused else [])],
+        tables=[_times_table(timed), _costs_table(timed), left],
         figures=_charts(timed),
     )
 
@@ -81,7 +76,7 @@ def _each(timed: Deployed) -> Message:
 def _at(timed: Deployed, way: Way) -> Message:
     """Say how much longer a way takes than its control at every batch."""
     if way not in timed.times:
-        return MISSING
+        return NOT_MEASURED
     batches = sorted(timed.times[way])
     parts = [Message("inference.at_batch", batch=b, over=longer(o)) for b in batches if (o := timed.over(way, b))]
     return Message("join.commas", parts=parts)
@@ -131,7 +126,7 @@ def _speed(timed: Deployed) -> Message:
     """Fill in the speed before and after merging."""
     base = timed.named(BASE)
     if base not in timed.times:
-        return MISSING
+        return NOT_MEASURED
     times = [Message("inference.time_at", time=timed.middle(base, b), batch=b) for b in sorted(timed.times[base])]
     merged, unmerged = (_at(timed, timed.named(name)) for name in (MERGED, UNMERGED))
     speed = Message("inference.speed", each=_each(timed), times=times, merged=merged, unmerged=unmerged)
@@ -143,7 +138,7 @@ def _speed(timed: Deployed) -> Message:
 def _many(timed: Deployed) -> Message:
     """Fill in one batch of many adapters against one by one, and what they take to hold."""
     if not timed.several:
-        return MISSING
+        return NOT_MEASURED
     parts = [Message("inference.way_at", way=called(way), at=_at(timed, way)) for way in timed.several]
     held = {"adapter": timed.numbers.get("adapter_bytes"), "base": timed.weight(timed.named(BASE))}
     gain = timed.gain and Message("inference.gain", way=called(timed.gain[0]), rows=timed.gain[1], gain=timed.gain[2])
@@ -153,7 +148,7 @@ def _many(timed: Deployed) -> Message:
 def _others(timed: Deployed) -> Message:
     """Fill in the smaller models, each against the dense one of its process."""
     if not timed.smaller:
-        return MISSING
+        return NOT_MEASURED
     ratio = timed.numbers.get("sparse_ratio")
     sparse = None if ratio is None else Message("inference.sparse", ratio=ratio)
     return clauses([*(_other(timed, way) for way in timed.smaller), sparse])
@@ -177,7 +172,7 @@ def _view(timed: Deployed) -> Message:
         parts.append(Message("inference.view_unmerged", each=_each(timed), batch=first, over=longer(unmerged)))
     if quick:
         parts.append(Message("inference.view_quick", ways=quick))
-    return clauses(parts) if parts else MISSING
+    return clauses(parts) if parts else NOT_MEASURED
 
 
 def _times_table(timed: Deployed) -> Table:
@@ -186,8 +181,8 @@ def _times_table(timed: Deployed) -> Table:
         {"variant": called(way), **{f"batch_{b}": timed.cell(way, b) for b in batches}}
         for way, batches in timed.times.items()
     ]
-    shown = [Column(f"batch_{b}", label=Message("inference.batch", batch=b)) for b in timed.batches]
-    return Table(title=Message("inference.times", each=_each(timed)), columns=[Column("variant"), *shown], rows=rows)
+    shown = (Column(f"batch_{b}", label=Message("inference.batch", batch=b)) for b in timed.batches)
+    return table(Message("inference.times", each=_each(timed)), rows, "variant", *shown)
 
 
 def _costs_table(timed: Deployed) -> Table:
@@ -203,19 +198,21 @@ def _costs_table(timed: Deployed) -> Table:
         }
         for way in timed.times
     ]
-    rates = [Column(f"rate_{b}", "count", Message(f"inference.{timed.counted}_at", batch=b)) for b in timed.batches]
-    costs = columns("weight_bytes:bytes", "working_bytes:bytes", "prompt_seconds:seconds")
+    rates = (Column(f"rate_{b}", "count", Message(f"inference.{timed.counted}_at", batch=b)) for b in timed.batches)
+    costs = ("weight_bytes:bytes", "working_bytes:bytes", "prompt_seconds:seconds")
     score = Column("score", label=Message("axis.score", metric=timed.metric.text))
-    return Table(title=Message("inference.costs"), columns=[Column("variant"), *rates, *costs, score], rows=rows)
+    return table("inference.costs", rows, "variant", *rates, *costs, score)
 
 
 def _charts(timed: Deployed) -> list[Chart]:
     """Return what every way adds to its control, and what it gives a second."""
-    variant, batch, rate = Message("column.variant"), Message("axis.batch"), Message(f"axis.{timed.counted}_per_second")
     rates = [
         {"arm": called(way), "value": rows / timed.middle(way, rows), "group": str(rows)}
         for way, batches in timed.times.items()
         for rows in batches
     ]
-    drawn = timed.chart("inference-latency", Message("inference.added_chart"), batch, called, str)
-    return [*drawn, Chart("bars", "inference-throughput", Message("inference.rate_chart"), rates, variant, rate, batch)]
+    axes = ("column.variant", f"axis.{timed.counted}_per_second", "axis.batch")
+    return [
+        timed.chart("inference-latency", "inference.added_chart", "axis.batch", called, str),
+        chart("bars", "inference-throughput", "inference.rate_chart", rates, *axes),
+    ]

@@ -9,14 +9,13 @@ from loralab.adapters.methods import INITS
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import claim, means_of
-from loralab.studies.measures.step_zero import MEASURE_START as MEASURE
-from loralab.studies.message import Message, Table, columns, sentences
+from loralab.studies.measures.step_zero import MEASURE_START
+from loralab.studies.message import Message, Table, sentences, table
 from loralab.studies.ranking import FLOOR
 from loralab.studies.readings.starts import LOSS, MOVED, Start, charts_of, first_losses, starts_of
-from loralab.studies.study import DIVERGED, Answer, Arm, Finding, Record, StudySetup, nothing_measured
+from loralab.studies.study import DIVERGED, NOT_MEASURED, Answer, Arm, Finding, Record, StudySetup, nothing_measured
 
-__all__ = ["MEASURE", "arms", "conclude"]
-
+MEASURE = MEASURE_START
 ZERO, KAIMING, PISSA = "B = 0", "B Kaiming", "PiSSA"
 NAMES = {
     "kaiming": ZERO,
@@ -35,16 +34,13 @@ LABELS = tuple(Message(f"init.ask_{name}") for name in ("zero", "kaiming", "infl
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return the usual start, and others at the same rank; `--values` names starts of `--init`."""
-    others = [
-        Arm(
-            name=NAMES[init],
-            fields={"method": "lora", "rank": 8, "init": init},
-            options={"rates": LOWER} if setup.quick and init in ("b_kaiming", "gaussian") else {},
-        )
-        for init in setup.chosen(INITS, USUAL)
-        if init != "kaiming"
+    lora, lower = {"method": "lora", "rank": 8}, ("b_kaiming", "gaussian") if setup.quick else ()
+    others = (init for init in setup.chosen(INITS, USUAL) if init != "kaiming")
+    rates: dict[str, dict[str, Any]] = {init: {"rates": LOWER} for init in lower}
+    return [
+        Arm(name=ZERO, fields=lora),
+        *(Arm(name=NAMES[init], fields={**lora, "init": init}, options=rates.get(init, {})) for init in others),
     ]
-    return [Arm(name=ZERO, fields={"method": "lora", "rank": 8}), *others]
 
 
 def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
@@ -53,8 +49,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     if not starts:
         return nothing_measured(setup, LABELS)
     found = compare_arms(records, setup, aside=())
-    has_zero = found is not None and ZERO in found.arms
-    finals = {name: found.claim(name, ZERO) for name in found.arms if name != ZERO} if found and has_zero else {}
+    finals = {n: found.claim(n, ZERO) for n in found.arms if n != ZERO} if found and ZERO in found.arms else {}
     final = finals.get(KAIMING)
     experiments = [_experiment(name, starts, found) for name in (ZERO, KAIMING)]
     blanks = [*experiments, _influence(starts, final), _why(starts, final), _knowledge(starts)]
@@ -74,12 +69,9 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
 
 def _damage(starts: Mapping[str, Start]) -> list[Finding]:
     """Compare every start that is not the base model with it."""
-    changes = {name: start.loss_gained(len(starts)) for name, start in starts.items()}
-    return [
-        claim(change, LOSS, (Message("init.at_step_0", start=name), FLOOR))
-        for name, change in changes.items()
-        if change is not None
-    ]
+    found = {name: start.loss_gained(len(starts)) for name, start in starts.items()}
+    names = {name: (Message("init.at_step_0", start=name), FLOOR) for name in starts}
+    return [claim(change, LOSS, names[name]) for name, change in found.items() if change is not None]
 
 
 def _off(start: Start) -> Message:
@@ -102,7 +94,7 @@ def _sentence(starts: Mapping[str, Start], final: Finding | None) -> Message:
 
 def _experiment(name: str, starts: Mapping[str, Start], found: Comparison | None) -> Message:
     if name not in starts:
-        return Message("answer.not_measured")
+        return NOT_MEASURED
     start, end = starts[name], Message("init.diverged")
     if found is not None and name in found.arms:
         end = Message("init.score", metric=found.metric.text, score=found.metric.scored(found.arms[name]))
@@ -120,14 +112,14 @@ def _influence(starts: Mapping[str, Start], final: Finding | None) -> Message:
         mean = float(np.mean(curve)) if curve else None
         parts.append(Message("init.first_steps", start=name, gradients=gradients, count=len(curve), loss=mean))
     if not parts:
-        return Message("answer.not_measured")
+        return NOT_MEASURED
     return sentences(*parts, None if final is None else final.sentence)
 
 
 def _why(starts: Mapping[str, Start], final: Finding | None) -> Message:
     """Call the zero start only as much better as was measured."""
     if KAIMING not in starts or ZERO not in starts:
-        return Message("answer.not_measured")
+        return NOT_MEASURED
     start = Message("init.why", zero=_off(starts[ZERO]), kaiming=_off(starts[KAIMING]))
     if final is not None:
         return sentences(start, Message(f"init.why_{final.verdict}"))
@@ -150,9 +142,8 @@ def _start_table(starts: Mapping[str, Start]) -> Table:
     steps = ("gradient_A:short", "gradient_B:short", "first_loss:plain", "first_losses:plain")
     losses, rows = first_losses(starts), []
     for name, start in starts.items():
-        firsts = {f"gradient_{part}": next(iter(start.gradients(part)), None) for part in ("A", "B")}
+        row: dict[str, Any] = {"start": name, **means_of(start.runs, (*MOVED, "start_kl", "base_loss", "start_loss"))}
+        row |= {f"gradient_{part}": next(iter(start.gradients(part)), None) for part in ("A", "B")}
         curve = losses.get(name)
-        own_losses = {"first_loss": curve[0], "first_losses": float(np.mean(curve))} if curve else {}
-        known = means_of(start.runs, (*MOVED, "start_kl", "base_loss", "start_loss"))
-        rows.append({"start": name, **known, **firsts, **own_losses})
-    return Table(title=Message("table.step_zero"), columns=columns("start", *means, *steps), rows=rows)
+        rows.append(row | ({"first_loss": curve[0], "first_losses": float(np.mean(curve))} if curve else {}))
+    return table("table.step_zero", rows, "start", *means, *steps)

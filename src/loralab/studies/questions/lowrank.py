@@ -1,7 +1,6 @@
 """Q1: is the update low-rank? Its spectrum, the intrinsic dimension, and shared directions."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
 
 from loralab.errors import ConfigError
@@ -19,7 +18,7 @@ from loralab.studies.readings.dimension import dimension
 from loralab.studies.readings.directions import directions
 from loralab.studies.readings.intruders import intruders
 from loralab.studies.readings.spectra import spectra
-from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
+from loralab.studies.study import NOT_MEASURED, Answer, Arm, Finding, Record, StudySetup, nothing_measured
 
 FULL, HEAD, PAIRS = "full", "linear head", f"r={SMALL} and r={LARGE}"
 SIZES = {  # variant -> d, thorough and quick
@@ -28,7 +27,6 @@ SIZES = {  # variant -> d, thorough and quick
 }
 SCALES = ((1.0, 2.5), (2.5,))  # how far theta moves in a step, thorough and quick
 FULL_RATE, LORA_RATE = 3e-4, 2e-3
-MISSING = Message("answer.not_measured")
 
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
@@ -39,19 +37,19 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """
     quick, asked = setup.quick, _sizes(setup)
     full = {"method": "full", **({"learning_rate": FULL_RATE} if quick else {})}
+    subspace = {"measure": MEASURE_DIMENSION, "rates": list(SCALES[quick])}
     head = Arm(name=HEAD, options={"measure": MEASURE_FROZEN}, tuned=False, plain=True)
     return [
         Arm(name=FLOOR, options={"measure": MEASURE_FLOOR}, tuned=False, plain=True),
         Arm(name=FULL, fields=full, options={"measure": MEASURE_FULL}, tuned=not quick),
         *([head] if base.kind in KINDS else []),
         Arm(name=PAIRS, options={"measure": MEASURE_OVERLAPS, "rate": LORA_RATE}, tuned=False),
-        *(_subspace(variant, d, quick) for variant, sizes in SIZES.items() for d in asked or sizes[quick]),
+        *(
+            Arm(name=f"{variant.upper()} d={d}", options={**subspace, "variant": variant, "d": d}, tuned=False)
+            for variant, sizes in SIZES.items()
+            for d in asked or sizes[quick]
+        ),
     ]
-
-
-def _subspace(variant: str, d: int, quick: bool) -> Arm:
-    options = {"measure": MEASURE_DIMENSION, "variant": variant, "d": d, "rates": list(SCALES[quick])}
-    return Arm(name=f"{variant.upper()} d={d}", options=options, tuned=False)
 
 
 def _sizes(setup: StudySetup) -> list[int]:
@@ -70,11 +68,11 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     parts = [spectra(records, FULL), d90, directions(records, PAIRS), intruders(records, FULL, PAIRS)]
     labels = [Message(f"lowrank.{name}_label") for name in ("known", "changed", "meaning")]
     if not scored and not any(part.findings for part in parts):
-        return replace(nothing_measured(setup), blanks=[(label, MISSING) for label in labels])
+        return nothing_measured(setup, blanks=[(label, NOT_MEASURED) for label in labels])
     against_full = _against_full(scored, metric)
     said, changed = ([*chain(*lists)] for lists in ([p.sentences for p in parts], [p.changed for p in parts]))
-    meaning = sentences(Message("lowrank.meaning"), *(d90.sentences or [MISSING]))
-    blanks = (_known(scored, metric, against_full), sentences(*(changed or [MISSING])), meaning)
+    meaning = sentences(Message("lowrank.meaning"), *(d90.sentences or [NOT_MEASURED]))
+    blanks = (_known(scored, metric, against_full), sentences(*(changed or [NOT_MEASURED])), meaning)
     scales = {"first": SCALES[0][0], "second": SCALES[0][1], "quick": SCALES[1][0], "rate": LORA_RATE}
     return Answer(
         sentence=sentences(*said) if said else Message("lowrank.neither"),
@@ -102,7 +100,7 @@ def _known(scored: Arms, metric: Metric, against_full: Sequence[Finding]) -> Mes
     """Fill in what frozen features, or the untrained model, score beside training everything."""
     head = HEAD if HEAD in scored else FLOOR
     if not {head, FULL} <= scored.keys():
-        return MISSING
+        return NOT_MEASURED
     frozen, full = (metric.value(mean_of(scored[name], "score")) for name in (head, FULL))
     known = Message("lowrank.known_head" if head == HEAD else "lowrank.known_base", frozen=frozen, full=full)
     return sentences(known, against_full[-1].sentence)

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +13,10 @@ from loralab.models.load import Base
 from loralab.models.quantize import gguf_file
 from loralab.studies.evidence import finding, mean_of, means_of
 from loralab.studies.measures.peaks import MEASURE_PEAKS
-from loralab.studies.message import Chart, Column, Message, Table, clauses, columns, names, sentences
+from loralab.studies.message import Chart, Message, Table, chart, clauses, names, sentences, table
 from loralab.studies.readings.savings import ASKED, BASELINE, CLOSE, ROUNDING, SAME, Savings
-from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
+from loralab.studies.study import NOT_MEASURED, Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import added, change
-
-__all__ = ["MEASURE", "arms", "conclude"]
 
 MEASURE = MEASURE_PEAKS
 WHOLE = 10**7  # tokens in a pass: no batch is cut
@@ -86,7 +83,7 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     found = Savings.of(records)
     blanks = [(_name(role), _blank(found, role)) for role in dict.fromkeys((*ASKED, *found.runs))]
     if not found.runs:
-        return replace(nothing_measured(setup), blanks=blanks)
+        return nothing_measured(setup, blanks=blanks)
     floor = [_name(role) for role in found.at_floor()]
     at_floor = Message("memory.at_floor", arms=names(floor)) if floor else None
     return Answer(
@@ -136,7 +133,7 @@ def _lower(found: Savings, best: str) -> list[Message | None]:
 def _blank(found: Savings, role: str) -> Message:
     """Fill in a row of the source's table."""
     if role not in found.runs:
-        return Message("answer.not_measured")
+        return NOT_MEASURED
     overs = (found.over(role, what) for what in SAVED)
     memory, time = (Message("memory.beside", change=change(over)) if over else None for over in overs)
     numbers = means_of(found.runs[role], ("steps_bytes", "step_seconds"))
@@ -169,10 +166,9 @@ def _advice(found: Savings) -> dict[str, Any]:
 
 def _table(found: Savings) -> Table:
     """Return every arm: its memory in its parts, its time, its curve."""
-    memory, time = (Column(what, label=Message("column.over_baseline")) for what in SAVED)
+    memory, time = (f"{what}::column.over_baseline" for what in SAVED)
     parts = (f"{name}:bytes" for name in PARTS)
     times = ("step_seconds:seconds", time, "curve", "at_end:signed percent", "pareto")
-    shown = columns("method", "arm", "peak_bytes:bytes", memory, *parts, *times)
     front, rows = found.pareto(), []
     for role, runs in found.runs.items():
         row: dict[str, Any] = {"method": _name(role), "arm": runs[0].arm.name}
@@ -182,7 +178,7 @@ def _table(found: Savings) -> Table:
         if role != BASELINE:
             row |= {"curve": _curve(found, role), "at_end": found.at_end(role)}
         rows.append(row)
-    return Table(title=Message("memory.table"), columns=shown, rows=rows)
+    return table("memory.table", rows, "method", "arm", "peak_bytes:bytes", memory, *parts, *times)
 
 
 def _curve(found: Savings, role: str) -> Message | None:
@@ -206,9 +202,8 @@ def _charts(found: Savings) -> list[Chart]:
         for stage in ("loading", "steps")
         if f"{stage}_bytes" in runs[0].numbers
     ]
-    peak, seconds = Message("axis.peak_gigabytes"), Message("axis.seconds_a_step")
-    arm, size, stage = Message("column.arm"), Message("axis.gigabytes"), Message("axis.stage")
+    costs, stages = ("axis.peak_gigabytes", "axis.seconds_a_step"), ("column.arm", "axis.gigabytes", "axis.stage")
     return [
-        Chart("scatter", "memory-time", Message("memory.time_chart"), points, peak, seconds),
-        Chart("bars", "memory-parts", Message("memory.parts_chart"), bars, arm, size, stage),
+        chart("scatter", "memory-time", "memory.time_chart", points, *costs),
+        chart("bars", "memory-parts", "memory.parts_chart", bars, *stages),
     ]

@@ -13,12 +13,9 @@ from loralab.studies.evidence import MARGIN, Metric, claim, finding, metric_of
 from loralab.studies.measures.carried import REFERENCE
 from loralab.studies.measures.drift import MEASURE_DRIFT, NOTED
 from loralab.studies.measures.merging import AFTER, BEFORE, MEASURE_MERGING, has_fp16
-from loralab.studies.message import Chart, Column, Message, Table, columns, sentences
+from loralab.studies.message import Chart, Column, Message, Table, chart, points, sentences, table
 from loralab.studies.statistics import difference, median_contrast
-from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.trained import MEASURE
-
-__all__ = ["MEASURE", "arms", "conclude"]
+from loralab.studies.study import NOT_MEASURED, Answer, Arm, Finding, Record, StudySetup, nothing_measured
 
 AGAIN, AWARE, DRIFT = "NF4 → NF4", "NF4 → NF4, trained for it", "100 merges"
 DENSE = ("fp32", "bf16", "fp16")
@@ -77,14 +74,14 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     forms = {r.arm.name: r for r in records if "loss_difference" in r.numbers}
     drifts = [row for record in records for row in record.tables.get("drift", ())]
     if not forms and not drifts:
-        return replace(nothing_measured(setup), blanks=_blanks(forms))
+        return nothing_measured(setup, blanks=_blanks(forms))
     metric = metric_of([*forms.values(), *records], setup)
     changes = [_finding(r, own, len(forms)) for own in (LOSS, metric) for r in forms.values()]
     return Answer(
         sentence=_sentence(forms, drifts),
         findings=[*filter(None, changes), *_kept(forms.get(AGAIN)), *(_off(d, len(drifts)) for d in drifts)],
         blanks=_blanks(forms),
-        tables=[*_forms_table(forms), *_drift_table(drifts, records)],
+        tables=[_forms_table(forms), _drift_table(drifts, records)],
         figures=_charts(forms, drifts),
         caution=sentences(Message("merge.caution"), _fp16(forms.get("fp16"))),
     )
@@ -126,7 +123,8 @@ def _said(record: Record) -> dict[str, Any]:
     """Return the values that sentences on a form share."""
     n = record.numbers
     answers = Message("merge.answers" if "changed" in n else "merge.tokens", **n)
-    return {"difference": n["loss_difference"], "loss": n["loss_before"], "answers": answers}
+    size, before = n["loss_difference"], n["loss_before"]
+    return {"difference": size, "loss": before, "share": size / abs(before) if before else None, "answers": answers}
 
 
 def _finding(record: Record, metric: Metric, family: int) -> Finding | None:
@@ -173,18 +171,13 @@ def _off(drift: Drift, family: int) -> Finding:
 
 def _blanks(forms: Forms) -> list[tuple[Message | str, Message]]:
     """Fill in what the source's program prints, and whether its expectation holds."""
-    missing = Message("answer.not_measured")
     names = dict.fromkeys(("fp32", *forms))
-    told = {name: _difference(forms[name]) if name in forms else missing for name in names}
+    told = {
+        name: Message("merge.difference", **_said(forms[name])) if name in forms else NOT_MEASURED for name in names
+    }
     (first, *others) = [(Message("merge.difference_label", arm=name), said) for name, said in told.items()]
-    expected = _expectation(forms["fp32"]) if "fp32" in forms else missing
+    expected = _expectation(forms["fp32"]) if "fp32" in forms else NOT_MEASURED
     return [first, (Message("merge.expected_label"), expected), *others]
-
-
-def _difference(record: Record) -> Message:
-    n = record.numbers
-    share = n["loss_difference"] / abs(n["loss_before"]) if n["loss_before"] else None
-    return Message("merge.difference", share=share, **_said(record))
 
 
 def _expectation(record: Record) -> Message:
@@ -202,7 +195,7 @@ def _fp16(record: Record | None) -> Message | None:
     return Message("merge.slow_fp16", rows=record.numbers["rows"]) if record.arm.options.get("limit") else None
 
 
-def _forms_table(forms: Forms) -> list[Table]:
+def _forms_table(forms: Forms) -> Table:
     """Return every form of the base, before and after."""
     rows = []
     for name, record in forms.items():
@@ -211,45 +204,34 @@ def _forms_table(forms: Forms) -> list[Table]:
         exact = n["restored"] == n.get("same_logits") == 1 if "restored" in n else None
         restored = None if exact is None else Message("answer.yes" if exact else "answer.no")
         rows.append({**n, "form": name, "changed": changed, "restored": restored})
-    shown = columns(
-        *("form", "loss_before:.6f", "loss_after:.6f", "loss_difference:.2g"),
-        *("relative:.2g", "kl:.2g", "effect_kl:.2g", "top1:fine percent", "changed"),
-        *("moved:fine percent", "noise:fine percent", "kept:fine percent", "gain_kept:fine percent", "restored"),
-        *("merge_seconds:seconds", "unmerge_seconds:seconds"),
-    )
-    return [Table(title=Message("merge.forms"), columns=shown, rows=rows)] if forms else []
+    losses = ("loss_before:.6f", "loss_after:.6f", "loss_difference:.2g", "relative:.2g")
+    outputs = ("kl:.2g", "effect_kl:.2g", "top1:fine percent", "changed")
+    weights = ("moved:fine percent", "noise:fine percent", "kept:fine percent", "gain_kept:fine percent", "restored")
+    times = ("merge_seconds:seconds", "unmerge_seconds:seconds")
+    return table("merge.forms", rows, "form", *losses, *outputs, *weights, *times)
 
 
-def _drift_table(drifts: Sequence[Drift], records: Sequence[Record]) -> list[Table]:
+def _drift_table(drifts: Sequence[Drift], records: Sequence[Record]) -> Table:
     """Return both ways back, after 1, 10 and 100 merges."""
-    if not drifts:
-        return []
-    numbers = next(r.numbers for r in records if r.tables.get("drift"))
-    rows = [
-        {
-            "weights": drift["precision"],
-            **{f"after_{n}": off(drift, n) for n in SHOWN},
-            "differing": float(np.mean(drift["changed"])),
-            "base_kl": drift["kl"],
-            "top1": drift["top1"],
-            "put_back": Message("merge.exact" if drift["exact"] else "merge.not_exact"),
-        }
-        for drift in drifts
-    ]
+    numbers = next((r.numbers for r in records if r.tables.get("drift")), {"modules": 0, "of": 0})
+    rows = []
+    for drift in drifts:
+        back = Message("merge.exact" if drift["exact"] else "merge.not_exact")
+        row = {**drift, "differing": float(np.mean(drift["changed"])), "put_back": back}
+        rows.append(row | {f"after_{n}": off(drift, n) for n in SHOWN})
     after = (Column(f"after_{n}", ".2g", Message("merge.off_after", merges=n)) for n in SHOWN)
-    shown = columns("weights", *after, "differing:fine percent", "base_kl:.2g", "top1:fine percent", "put_back")
     title = Message("merge.drifts", modules=numbers["modules"], total=numbers["of"])
-    return [Table(title=title, columns=shown, rows=rows)]
+    logits = ("kl:.2g:column.base_kl", "top1:fine percent")
+    return table(title, rows, "precision::column.weights", *after, "differing:fine percent", *logits, "put_back")
 
 
 def _charts(forms: Forms, drifts: Sequence[Drift]) -> list[Chart]:
     """Return the drift against merges, and how much merging moves beside how much the adapter moves."""
-    points = [{"arm": drift["precision"], "x": n, "y": off(drift, n)} for drift in drifts for n in NOTED]
-    lines = [point for point in points if point["y"]]
+    curves = {drift["precision"]: {n: y for n in NOTED if (y := off(drift, n))} for drift in drifts}
     numbers = {name: record.numbers for name, record in forms.items() if record.numbers["effect_kl"] > 0}
     bars = [{"arm": name, "value": n["kl"] / n["effect_kl"]} for name, n in numbers.items()]
-    title, kl = Message("merge.drift_chart"), Message("merge.kl_chart")
-    merges, distance, weights = Message("axis.merges"), Message("axis.drift"), Message("column.weights")
-    logs, form, share = {"log_x": True, "log_y": True}, Message("column.form"), Message("axis.share")
-    drawn = [Chart("lines", "merge-drift", title, lines, merges, distance, weights, logs)] if lines else []
-    return drawn + ([Chart("bars", "merge-kl", kl, bars, form, share, options={"percent": True})] if bars else [])
+    distance, share = ("axis.merges", "axis.drift", "column.weights"), ("column.form", "axis.share")
+    return [
+        chart("lines", "merge-drift", "merge.drift_chart", points(curves), *distance, log_x=True, log_y=True),
+        chart("bars", "merge-kl", "merge.kl_chart", bars, *share, percent=True),
+    ]

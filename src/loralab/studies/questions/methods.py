@@ -15,13 +15,13 @@ from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import best_arm, mean_of, parameters, score_column
 from loralab.studies.measures.passes import MEASURE_PASSES, MERGED
 from loralab.studies.measures.tradeoff import MEASURE_TRADEOFF
-from loralab.studies.message import Message, Table, columns, numbered, sentences
-from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step
+from loralab.studies.message import Message, Table, numbered, sentences, table
+from loralab.studies.ranking import FLOOR, Arms
 from loralab.studies.rates import usual
 from loralab.studies.readings.forgetting import Tradeoffs, published_claims
 from loralab.studies.readings.latencies import Latencies, added, in_short, pass_chart, pass_findings, pass_table
 from loralab.studies.readings.published import published_table
-from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
+from loralab.studies.study import NOT_MEASURED, Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import MARGIN
 from loralab.studies.trained import BASE_ARM, LEFT_OUT
 from loralab.training.memory import available_bytes
@@ -126,19 +126,19 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     cost = {r.arm.name: times.least(r.arm.name) for r in records if r.arm.name != FLOOR} if times.times else None
     found = compare_arms(records, setup, cost=cost)  # of those that are good enough, the quickest for a short answer
     if found is None:
-        return replace(nothing_measured(setup, (*SOURCE, CHOICE)), tables=passes, findings=pass_findings(times))
+        return nothing_measured(setup, (*SOURCE, CHOICE), tables=[passes], findings=pass_findings(times))
     refused = Message("methods.not_timed", variants=list(times.refused)) if times.refused else None
     claimed, on_forgetting = published_claims(records, found, _lora(found), FULL)
     published = published_table(found, times, _lora(found), _of_budget(found, LARGE), claimed)
-    pairs = (claims(found.ranking, found.metric, list(_of_budget(found, budget))) for budget in BUDGETS)
+    pairs = (found.claims(_of_budget(found, budget)) for budget in BUDGETS)
     return found.answer(
         sentence=sentences(_at_budget(found), added(times), found.recommendation),
         findings=[*found.over_base(list(found.arms)), *chain(*pairs), *pass_findings(times), *on_forgetting],
         blanks=[*_source_rows(found, times), (CHOICE, _how_to_choose(found, times, on_forgetting))],
-        tables=[_source_table(found, times), *passes, published, found.scores],
-        figures=[found.chart("methods", Message("column.method")), Tradeoffs.of(records).chart, *pass_chart(times)],
+        tables=[_source_table(found, times), passes, published, found.scores],
+        figures=[found.chart("methods", "column.method"), Tradeoffs.of(records).chart, pass_chart(times)],
         caution=sentences(Message("methods.caution"), refused),
-        next=next_step(found.ranking, Message("methods.smaller_budget", arm=leader(found.ranking))),
+        next=found.next_step("methods.smaller_budget"),
     )
 
 
@@ -163,10 +163,10 @@ def _in_families(found: Comparison) -> dict[str, list[str]]:
 def _at_budget(found: Comparison) -> Message | None:
     """Say who leads the larger budget, which is what LoRA trains in it."""
     family = _of_budget(found, LARGE)
-    if len(family) < 2:
+    if (order := found.order(family)) is None:
         return None
     reference = family[_lora(found) or next(iter(family))]
-    return Message("ranking.at_budget", parameters=parameters(reference), ranking=found.order(family))
+    return Message("ranking.at_budget", parameters=parameters(reference), ranking=order)
 
 
 def _lora(found: Comparison) -> str | None:
@@ -174,36 +174,24 @@ def _lora(found: Comparison) -> str | None:
     return next((name for name, own in _of_budget(found, LARGE).items() if own[0].arm.fields["method"] == "lora"), None)
 
 
-def _facts(found: Comparison, times: Latencies, name: str) -> dict[str, Any]:
-    """Return the dimensions of the source's table for an arm."""
-    runs = found.arms[name]
-    return {
-        "parameters": parameters(runs),
-        "latency": in_short(times, name),
-        "step_seconds": mean_of(runs, "step_seconds"),
-        "score": found.metric.scored(runs),
-    }
-
-
 def _source_table(found: Comparison, times: Latencies) -> Table:
     """Return the source's table, its rows first; every arm of a method is a line."""
     known = {name: family for family, members in _in_families(found).items() for name in members}
     labels: dict[str, Any] = {n: Message("methods.family", family=family, arm=n) for n, family in known.items()}
     labels |= {name: name for name in found.arms if name not in labels}
-    rows = [{"method": label, **_facts(found, times, name)} for name, label in labels.items()]
-    size, step = "parameters:count:column.adapter_parameters", "step_seconds:seconds:column.training_step"
-    shown = columns("method", size, "latency", step, score_column(found.metric))
-    return Table(title=Message("table.methods"), columns=shown, rows=rows)
+    rows = [{**found.facts(n), "method": label, "latency": in_short(times, n)} for n, label in labels.items()]
+    shown = ("method", "adapter_parameters:count", "latency", "step_seconds:seconds:column.training_step")
+    return table("table.methods", rows, *shown, score_column(found.metric))
 
 
 def _source_rows(found: Comparison, times: Latencies) -> list[tuple[Message | str, Message]]:
     """Fill in the source's three rows, each of the arm with the best mean score of its method."""
     rows: list[tuple[Message | str, Message]] = []
     for family, members in _in_families(found).items():
-        row = Message("answer.not_measured")
+        row = NOT_MEASURED
         if members:
             name = best_arm({member: found.arms[member] for member in members}, found.metric)
-            row = Message("methods.row", arm=name, metric=found.metric.text, **_facts(found, times, name))
+            row = Message("methods.row", **found.facts(name), latency=in_short(times, name))
         rows.append((family, row))
     return rows
 
@@ -222,8 +210,8 @@ def _how_to_choose(found: Comparison, times: Latencies, on_forgetting: Sequence[
 
 def _merging(times: Latencies) -> Message | None:
     """Say which variants can be merged, and which cannot."""
-    able = [variant for variant, state in times.ways() if state == MERGED]
-    others = [variant for variant, _ in times.ways() if variant not in able]
+    able = [variant for variant, state in times.beside_base() if state == MERGED]
+    others = [variant for variant, _ in times.beside_base() if variant not in able]
     return Message("methods.merging", able=able, others=others) if able and others else None
 
 

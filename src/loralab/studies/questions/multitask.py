@@ -13,13 +13,11 @@ from loralab.studies.compare import score_chart
 from loralab.studies.contrast import CONFIDENCE, Contrast
 from loralab.studies.evidence import Metric, by_arm, claim, finding, metric_of, scores_table
 from loralab.studies.measures.system import ALONE, MEASURE_SYSTEM, MEASURE_TASK, MIXED, SIZES, TURN
-from loralab.studies.message import Chart, Column, Message, Table, columns, sentences
+from loralab.studies.message import Chart, Message, Table, chart, sentences, table
 from loralab.studies.ranking import ranked
-from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
+from loralab.studies.study import NOT_MEASURED, Answer, Arm, Finding, Record, StudySetup, nothing_measured
 from loralab.studies.timing import added, change, overhead
 from loralab.tasks.catalog import TASKS
-
-__all__ = ["MEASURE", "arms", "conclude"]
 
 MEASURE = MEASURE_TASK
 SYSTEM = "system"
@@ -74,11 +72,11 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     tasks = by_arm(r for r in records if r.arm.name != SYSTEM)
     metric = metric_of(records, setup)
     learnt = [found for name, own in tasks.items() if (found := _learnt(name, own, metric))]
-    scores = replace(score_chart("multitask", tasks, metric, Message("axis.task")), name="multitask-scores")
+    scores = replace(score_chart("multitask", tasks, metric, "axis.task"), name="multitask-scores")
     answer = Answer(
         sentence=nothing_measured(setup).sentence if not tasks else Message("multitask.no_system"),
         findings=learnt,
-        blanks=[(label, Message("answer.not_measured")) for label in LABELS],
+        blanks=[(label, NOT_MEASURED) for label in LABELS],
         tables=[scores_table(tasks, metric)] if tasks else [],
         figures=[scores] if tasks else [],
         method=Message("multitask.method_at", rate=_rate(setup)),
@@ -158,7 +156,7 @@ def _said(system: Record, equal: Finding, quicker: Sequence[Finding], learnt: Se
 
 def _storage_table(sizes: Mapping[str, float], count: int) -> Table:
     rows = [{"stored": Message(f"multitask.{key}", count=count), "bytes": size} for key, size in sizes.items()]
-    return Table(title=Message("multitask.storage_table"), columns=columns("stored", "bytes:bytes"), rows=rows)
+    return table("multitask.storage_table", rows, "stored", "bytes:bytes")
 
 
 def _medians(system: Record) -> Medians:
@@ -169,9 +167,8 @@ def _medians(system: Record) -> Medians:
 
 def _times_table(medians: Medians, over: Mapping[int, Contrast]) -> Table:
     rows = [{"rows": n, **medians[n], "change": change(own)} for n, own in over.items()]
-    ways = (Column(name, "seconds", label=Message(f"multitask.{name}")) for name in WAYS.values())
-    shown = columns("rows", *ways, Column("change", label=Message("multitask.change")))
-    return Table(title=Message("multitask.times_table"), columns=shown, rows=rows)
+    ways = (f"{name}:seconds:multitask.{name}" for name in WAYS.values())
+    return table("multitask.times_table", rows, "rows", *ways, "change::multitask.change")
 
 
 def _times_chart(medians: Medians) -> Chart:
@@ -180,5 +177,5 @@ def _times_chart(medians: Medians) -> Chart:
         for n, ways in medians.items()
         for name, seconds in ways.items()
     ]
-    axes = (Message("column.rows"), Message("axis.milliseconds"), Message("axis.way"))
-    return Chart("bars", "multitask-times", Message("multitask.times_chart"), rows, *axes)
+    axes = ("column.rows", "axis.milliseconds", "axis.way")
+    return chart("bars", "multitask-times", "multitask.times_chart", rows, *axes)

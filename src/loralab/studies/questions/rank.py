@@ -7,7 +7,7 @@ import numpy as np
 
 from loralab.models.load import Base
 from loralab.studies.compare import compare_arms
-from loralab.studies.evidence import Metric, mean_of, own_interval, parameters
+from loralab.studies.evidence import Metric, mean_of, own_interval
 from loralab.studies.measures.cuts import CUT, MEASURE_CUTS
 from loralab.studies.message import Chart, Message, chart, sentences
 from loralab.studies.statistics import difference
@@ -32,10 +32,10 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     largest, runs = list(found.arms.items())[-1]
     kept, taken = _kept_at(runs, found.metric), found.ranking.recommended
     cut = Message("rank.cut", arm=largest, rank=kept) if taken and kept is not None else None
-    chart = found.chart("rank", Message("column.rank"), at=rank_of, log=True)
+    chart = found.chart("rank", "column.rank", at=rank_of, log=True)
     return found.answer(
         sentence=sentences(found.recommendation, cut),
-        blanks=[(f"rank={rank_of(name)}", _blank(own, found.metric)) for name, own in found.arms.items()],
+        blanks=[(f"rank={rank_of(name)}", Message("rank.blank", **found.facts(name))) for name in found.arms],
         figures=[chart, _cut_chart(runs, found.metric)],
         advice={"rank": rank_of(taken)} if taken else {},
     )
@@ -44,18 +44,6 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
 def rank_of(name: str) -> int:
     """Return the rank of an arm."""
     return int(name.removeprefix("r="))
-
-
-def _blank(records: Sequence[Record], metric: Metric) -> Message:
-    """Fill in the source's line for a rank."""
-    return Message(
-        "rank.blank",
-        metric=metric.text,
-        score=metric.scored(records),
-        parameters=parameters(records),
-        step=mean_of(records, "step_seconds"),
-        gap=mean_of(records, "gap"),
-    )
 
 
 def _kept_at(records: Sequence[Record], metric: Metric) -> int | None:

@@ -10,59 +10,48 @@ from dataclasses import replace
 import numpy as np
 
 from loralab.models.load import Base
+from loralab.studies import halving
 from loralab.studies.compare import Comparison, compare_arms, score_chart
 from loralab.studies.contrast import Ranking
-from loralab.studies.evidence import Metric, by_arm, mean_of
-from loralab.studies.halving import (
-    DEFAULT,
-    ETA,
-    FIRST,
-    RATES,
-    ROUNDS,
-    SHAPES,
-    default_arm,
-    on_validation,
-    walk,
-    with_factor,
-)
-from loralab.studies.message import Column, Message, Table, columns, sentences
+from loralab.studies.evidence import Metric, by_arm, by_key
+from loralab.studies.message import Message, Table, sentences, table
 from loralab.studies.prepare import reason_invalid
-from loralab.studies.ranking import LIKELY, claims, ranked
+from loralab.studies.ranking import LIKELY, ranked
 from loralab.studies.rates import loss_of
 from loralab.studies.study import Answer, Arm, Record, StudySetup
-from loralab.studies.trained import BASE, BASE_ARM, MEASURE
+from loralab.studies.trained import BASE, BASE_ARM
 
-__all__ = ["MEASURE", "arms", "conclude", "walk"]
+DEFAULT, ROUNDS = halving.DEFAULT, halving.ROUNDS
+walk = halving.walk  # which trials come next is decided on the way (search.py)
 
 
 def arms(setup: StudySetup, base: Base) -> list[Arm]:
     """Return as many candidates as `setup.values` says, drawn from all that this model can have."""
-    number = int(setup.values[0]) if setup.values else ETA ** (ROUNDS - 1)
-    shapes = [Arm(name=name, fields=fields) for name, fields in SHAPES]
+    number = int(setup.values[0]) if setup.values else halving.ETA ** (ROUNDS - 1)
+    shapes = [Arm(name=name, fields=fields) for name, fields in halving.SHAPES]
     able = [shape for shape in shapes if not reason_invalid(setup, shape, base)]
-    every = [with_factor(setup, shape, factor) for shape in able for factor in RATES]
-    certain = [arm for arm in every if arm.name.startswith(FIRST)]
+    every = [halving.with_factor(setup, shape, factor) for shape in able for factor in halving.RATES]
+    certain = [arm for arm in every if arm.name.startswith(halving.FIRST)]
     others = [arm for arm in every if arm not in certain]
     order = np.random.default_rng(0).permutation(len(others))
     chosen = [*certain, *(others[i] for i in order)][:number]
-    return [BASE_ARM, default_arm(setup), *chosen]
+    return [BASE_ARM, halving.default_arm(setup), *chosen]
 
 
 def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     """Return the best of the finalists, beside the default, and which of the others it is not known to beat."""
     rounds = [r for r in records if "round" in r.numbers]
-    candidates = [_rounds_table(rounds)] if rounds else []
     found = compare_arms([r for r in records if "round" not in r.numbers], setup)
     if found is None:
-        return Answer(sentence=Message("recommend.nothing"), tables=candidates)
+        return Answer(sentence=Message("recommend.nothing"), tables=[_rounds_table(rounds)])
     found = replace(found, ranking=_decided(found))
     chosen = found.ranking.recommended
     of = Message("recommend.of", count=len({r.arm.name for r in rounds}))
     return found.answer(
         sentence=sentences(of, found.recommendation, *_beside_default(found), _extrapolated(setup)),
-        findings=[*found.over_base(list(found.arms)), *claims(found.ranking, found.metric)],
-        tables=[found.scores, *candidates],
-        figures=[score_chart("recommend", found.every, found.metric, Message("axis.configuration"))],
+        findings=[*found.over_base(list(found.arms)), *found.claims()],
+        tables=[found.scores, _rounds_table(rounds)],
+        figures=[score_chart("recommend", found.every, found.metric, "axis.configuration")],
         advice={} if chosen is None else dict(found.arms[chosen][0].arm.fields),
     )
 
@@ -80,7 +69,7 @@ def choose(records: Sequence[Record], metric: Metric) -> str:
     Args:
         records: of at least one finalist.
     """
-    arms_ = by_arm(on_validation(records)) or by_arm(records)
+    arms_ = by_arm(halving.on_validation(records)) or by_arm(records)
     found = ranked(arms_, metric)
     best = min(found.names, key=lambda name: (found.regret[name], name != DEFAULT))
     if DEFAULT not in found.names or best == DEFAULT:
@@ -93,8 +82,7 @@ def _beside_default(found: Comparison) -> list[Message]:
     chosen = found.ranking.recommended
     if DEFAULT not in found.arms or chosen in (None, DEFAULT):
         return []
-    score = found.metric.value(mean_of(found.arms[DEFAULT], "score"))
-    return [Message("recommend.default", score=score), found.claim(chosen, DEFAULT).sentence]
+    return [Message("recommend.default", score=found.score(DEFAULT)), found.claim(chosen, DEFAULT).sentence]
 
 
 def _extrapolated(setup: StudySetup) -> Message | None:
@@ -106,9 +94,8 @@ def _extrapolated(setup: StudySetup) -> Message | None:
 
 def _rounds_table(rounds: Sequence[Record]) -> Table:
     """Return every candidate's validation loss in each round, the best first."""
-    losses: dict[str, dict[int, float]] = {}
-    for record in rounds:
-        losses.setdefault(record.arm.name, {})[int(record.numbers["round"])] = loss_of(record)
+    runs = by_key(rounds, lambda r: r.arm.name)
+    losses = {name: {int(r.numbers["round"]): loss_of(r) for r in own} for name, own in runs.items()}
     # those that went furthest first
     names = sorted(losses, key=lambda name: [losses[name].get(n, math.inf) for n in range(ROUNDS - 1, 0, -1)])
     lost = Message("recommend.diverged")
@@ -116,5 +103,4 @@ def _rounds_table(rounds: Sequence[Record]) -> Table:
         {"arm": name, **{f"round_{n}": loss if math.isfinite(loss) else lost for n, loss in losses[name].items()}}
         for name in names
     ]
-    shown = columns(Column("arm", label=Message("axis.configuration")), "round_1:.4f", "round_2:.4f")
-    return Table(title=Message("recommend.rounds"), columns=shown, rows=rows)
+    return table("recommend.rounds", rows, "arm::axis.configuration", "round_1:.4f", "round_2:.4f")

@@ -8,7 +8,7 @@ from loralab.adapters.methods import SCALINGS, LoRA
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms
 from loralab.studies.evidence import Metric, mean_of, means_of, score_column
-from loralab.studies.message import Chart, Message, Table, chart, clauses, columns, names, sentences
+from loralab.studies.message import Chart, Message, Table, chart, clauses, names, points, sentences, table
 from loralab.studies.rates import rounded
 from loralab.studies.readings.sweep import Key, Sweep, diverged
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
@@ -172,11 +172,8 @@ def _advice(sweep: Sweep, claims: Claims) -> dict[str, Any]:
 
 def _table(sweep: Sweep, metric: Metric) -> Table:
     """Return a row for each scaling and rank; where every rate diverged, it lacks what only a run to the end has."""
-    shown = columns(
-        *("scaling", "rank", "factor:short", "best_rate", "rates_as_good", "diverged_rates", "steps_to_target:.0f"),
-        *("validation_loss:plain", score_column(metric), "step_seconds:seconds"),
-    )
-    rows = []
+    rates, rows = ("best_rate", "rates_as_good", "diverged_rates", "steps_to_target:.0f"), []
+    scores = ("validation_loss:plain", score_column(metric), "step_seconds:seconds")
     for cell in sweep.cells.values():
         factor, lost = LoRA(rank=cell.rank, scaling=cell.scaling).factor, [r for r in cell.runs if r not in cell.ended]
         row: dict[str, Any] = {"scaling": cell.scaling, "rank": cell.rank, "factor": factor}
@@ -187,15 +184,16 @@ def _table(sweep: Sweep, metric: Metric) -> Table:
             as_good = [rate for rate, verdict in cell.verdicts.items() if verdict != "better"]
             row |= {"rates_as_good": _listed(sorted(as_good)), "steps_to_target": cell.steps_to(sweep.target)}
         rows.append(row)
-    return Table(title=Message("scaling.table"), columns=shown, rows=rows)
+    return table("scaling.table", rows, "scaling", "rank", "factor:short", *rates, *scores)
 
 
 def _charts(sweep: Sweep) -> list[Chart]:
     """Return final losses (a run that diverged has none), where the best rates lie, and the curves at these."""
-    losses = [(str(cell), x, y) for cell in sweep.cells.values() for x, y in cell.losses.items()]
-    cells = [{"x": f"{x:.1e}", "y": arm, "value": None if math.isnan(y) else y} for arm, x, y in losses]
-    lines = [{"arm": arm, "x": x, "y": y} for arm, x, y in losses if not math.isnan(y)]
-    steps = [{"arm": str(cell), "x": n, "y": y} for cell in sweep.measured for n, y in enumerate(cell.curve, 1)]
+    losses = points({str(cell): cell.losses for cell in sweep.cells.values()})
+    values = [None if math.isnan(point["y"]) else point["y"] for point in losses]
+    cells = [{"x": f"{p['x']:.1e}", "y": p["arm"], "value": y} for p, y in zip(losses, values, strict=True)]
+    lines = [point for point in losses if not math.isnan(point["y"])]
+    steps = points({str(cell): cell.curve for cell in sweep.measured})
     rate, loss, arm = "column.rate", "column.validation_loss", "axis.scaling_and_rank"
     shape = {"digits": ".3f", "height": max(160, 34 * len(sweep.cells))}
     along = ("axis.step", "axis.smoothed_loss", arm)

@@ -7,15 +7,13 @@ from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.budgets import largest_rank, solved, trained_parameters
 from loralab.studies.compare import Comparison, compare_arms, score_chart
-from loralab.studies.evidence import Metric, mean_of, parameters, score_column
+from loralab.studies.evidence import by_key, parameters, score_column
 from loralab.studies.measures.updates import MEASURE_UPDATES, REFERENCE, layers_table, source_names, update_chart
-from loralab.studies.message import Message, Table, columns, sentences
-from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice, singles
-from loralab.studies.ranking import FLOOR, Arms, claims, leader, next_step, open_rivals
+from loralab.studies.message import Message, Table, sentences, table
+from loralab.studies.places import ALL, CHOICES, able_choices, advised, arm_of, singles
+from loralab.studies.ranking import FLOOR, Arms
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.trained import BASE_ARM, MEASURE
-
-__all__ = ["MEASURE", "arms", "conclude"]
+from loralab.studies.trained import BASE_ARM
 
 RANK = 8
 UPDATES = "updates"
@@ -29,7 +27,7 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
     Where a choice cannot hold that many, the budget is what the smallest of them can.
     """
     chosen = _chosen(setup, base)
-    equal_rank = [_arm(name, RANK, targets) for name, targets in chosen.items()]
+    equal_rank = [arm_of(name, RANK, targets) for name, targets in chosen.items()]
     equal_size = _at_budget(base, chosen, {} if setup.quick or setup.values else singles(base.model))
     distinct = {arm.name: arm for arm in (*equal_rank, *equal_size)}
     updates = Arm(name=UPDATES, options={"measure": MEASURE_UPDATES}, tuned=False, plain=True)
@@ -38,20 +36,10 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
 
 def _chosen(setup: StudySetup, base: Base) -> dict[str, Any]:
     """Return the choices to compare; all-linear is always one, and the last."""
-    able = choices(base.model)
-    for value in setup.values:
-        require_choice(value, base.name, able)
+    able = able_choices(setup, base)
     if ALL not in able:
         raise ConfigError(f"{base.name} has no linear layers outside its head", code="no_linear_layers", field="model")
     return {name: able[name] for name in able if name in (*(setup.values or able), ALL)}
-
-
-def _arm(name: str, rank: int, targets: Any) -> Arm:
-    """Return one choice with a rank; the reference arm has the fields that all studies give it."""
-    fields = {"method": "lora", "rank": rank, "target_modules": targets}
-    if name == ALL:
-        fields = {**REFERENCE, "rank": rank}
-    return Arm(name=f"{name} r={rank}", fields=fields)
 
 
 def _at_budget(base: Base, chosen: Mapping[str, Any], more: Mapping[str, Any]) -> list[Arm]:
@@ -60,13 +48,13 @@ def _at_budget(base: Base, chosen: Mapping[str, Any], more: Mapping[str, Any]) -
     Of `more`, those that can hold it too.
     """
     targets = {**chosen, **more}
-    fields = {name: _arm(name, RANK, own).fields for name, own in targets.items()}
+    fields = {name: arm_of(name, RANK, own).fields for name, own in targets.items()}
     largest = {name: {**each, "rank": largest_rank(base, each)} for name, each in fields.items()}
     capacity = {name: trained_parameters(base, each) for name, each in largest.items()}
     budget = min(trained_parameters(base, REFERENCE), *(capacity[name] for name in chosen))
     sized = {name: solved(base, fields[name], "rank", budget) for name in fields if capacity[name] >= budget}
     return [
-        _arm(name, solution.size, targets[name])
+        arm_of(name, solution.size, targets[name])
         for name, solution in sized.items()
         if abs(solution.parameters - budget) <= BUDGET_TOLERANCE * budget
     ]
@@ -79,17 +67,22 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
         return nothing_measured(setup, (SMALLEST, VALUE, CEILING))
     by_rank, by_size = families(records, found.arms)
     tables = {name: rows for r in records if r.arm.name == UPDATES for name, rows in r.tables.items()}
-    chart = score_chart("targets", {**by_size, **found.arms}, found.metric, Message("axis.layers_and_rank"))
+    chart = score_chart("targets", {**by_size, **found.arms}, found.metric, "axis.layers_and_rank")
+    size, rank = found.order(by_size), found.order(by_rank)
     return found.answer(
-        sentence=_sentence(found, by_rank, by_size),
+        sentence=sentences(
+            size and Message("ranking.at_budget", parameters=_budget(by_size), ranking=size),
+            rank and Message("targets.at_rank", rank=RANK, ranking=rank),
+            found.recommendation,
+        ),
         findings=_findings(found, by_rank, by_size),
         blanks=_blanks(found),
-        tables=[*layers_table(tables), _size_table(found.arms, by_size, found.metric), found.scores],
+        tables=[layers_table(tables), _size_table(found, by_size), found.scores],
         figures=[chart, update_chart(tables)],
         method=sentences(Message("targets.method"), *source_names(tables)),
         caution=sentences(Message("targets.caution"), _not_at_budget(found.arms, by_size)),
         advice=advised(found.advice),
-        next=next_step(found.ranking, Message("targets.other_ranks", arm=leader(found.ranking))),
+        next=found.next_step("targets.other_ranks"),
     )
 
 
@@ -99,11 +92,8 @@ def families(records: Sequence[Record], trained: Arms) -> tuple[Arms, Arms]:
     A choice whose solved rank is 8 itself is one arm in both families. Every arm counts that was
     planned, failed ones too: who is missing must not move another one into a family.
     """
-    ranks: dict[str, set[int]] = {}
-    for record in records:
-        if record.arm.name not in (FLOOR, UPDATES):
-            ranks.setdefault(choice_of(record.arm.name), set()).add(rank_of(record.arm.name))
-    alone = {choice for choice, of_choice in ranks.items() if len(of_choice) == 1}
+    planned = {record.arm.name for record in records} - {FLOOR, UPDATES}
+    alone = {choice for choice, names in by_key(planned, choice_of).items() if len(names) == 1}
     by_rank = {n: own for n, own in trained.items() if rank_of(n) == RANK and choice_of(n) in CHOICES}
     by_size = {n: own for n, own in trained.items() if rank_of(n) != RANK or choice_of(n) in alone}
     return by_rank, by_size
@@ -119,16 +109,6 @@ def rank_of(name: str) -> int:
     return int(name.rpartition(" r=")[2])
 
 
-def _sentence(found: Comparison, by_rank: Arms, by_size: Arms) -> Message:
-    """Say who leads each family, and what to take."""
-    size, rank = (found.order(family) if len(family) > 1 else None for family in (by_size, by_rank))
-    return sentences(
-        size and Message("ranking.at_budget", parameters=_budget(by_size), ranking=size),
-        rank and Message("targets.at_rank", rank=RANK, ranking=rank),
-        found.recommendation,
-    )
-
-
 def _budget(by_size: Arms) -> float:
     reference = next((name for name in by_size if choice_of(name) == ALL), next(iter(by_size)))
     return parameters(by_size[reference])
@@ -138,7 +118,7 @@ def _findings(found: Comparison, by_rank: Arms, by_size: Arms) -> list[Finding]:
     """Compare the reference with the base, and both families pair by pair."""
     top = f"{ALL} r={RANK}"
     floor = found.over_base([top] if top in found.arms else [])
-    pairs = [each for family in (by_size, by_rank) for each in claims(found.ranking, found.metric, list(family))]
+    pairs = [each for family in (by_size, by_rank) for each in found.claims(family)]
     return [*floor, *{each.sentence: each for each in pairs}.values()]
 
 
@@ -146,38 +126,25 @@ def _blanks(found: Comparison) -> list[tuple[Message, Message]]:
     """Fill in the smallest that learns, the recommended one, and the best mean."""
     ranking, none = found.ranking, Message("targets.none_learns")
     able = [n for n in ranking.names if FLOOR not in ranking.means or ranking.contrast(n, FLOOR).verdict == "better"]
-    ceiling = _described(leader(ranking), found)
-    if rivals := open_rivals(ranking):
+    described = {name: Message("targets.described", **found.facts(name)) for name in ranking.names}
+    ceiling = described[ranking.leader]
+    if rivals := ranking.open_rivals:
         ceiling = Message("targets.ceiling_open", best=ceiling, rivals=rivals)
     return [
-        (SMALLEST, _described(able[0], found) if able else none),
-        (VALUE, _described(ranking.recommended, found) if ranking.recommended else none),
+        (SMALLEST, described[able[0]] if able else none),
+        (VALUE, described[ranking.recommended] if ranking.recommended else none),
         (CEILING, ceiling),
     ]
 
 
-def _described(name: str, found: Comparison) -> Message:
-    runs, metric = found.arms[name], found.metric
-    facts = {"parameters": parameters(runs), "step": mean_of(runs, "step_seconds"), "score": metric.scored(runs)}
-    return Message("targets.described", arm=name, metric=metric.text, **facts)
-
-
-def _size_table(trained: Arms, by_size: Arms, metric: Metric) -> Table:
+def _size_table(found: Comparison, by_size: Arms) -> Table:
     """Return which arm belongs to which family, and by how much it misses the budget."""
-    rows = [
-        {
-            "layers": choice_of(name),
-            "rank": rank_of(name),
-            "adapter_parameters": parameters(runs),
-            "off_budget": parameters(runs) / _budget(by_size) - 1 if name in by_size else None,
-            "score": metric.scored(runs),
-            "step_seconds": mean_of(runs, "step_seconds"),
-        }
-        for name, runs in trained.items()
-    ]
-    size = ("adapter_parameters:count", "off_budget:signed percent")
-    shown = columns("layers", "rank", *size, score_column(metric), "step_seconds:seconds")
-    return Table(title=Message("table.layers_and_budget"), columns=shown, rows=rows)
+    rows = []
+    for name, runs in found.arms.items():
+        off = parameters(runs) / _budget(by_size) - 1 if name in by_size else None
+        rows.append({**found.facts(name), "layers": choice_of(name), "rank": rank_of(name), "off_budget": off})
+    size = ("layers", "rank", "adapter_parameters:count", "off_budget:signed percent")
+    return table("table.layers_and_budget", rows, *size, score_column(found.metric), "step_seconds:seconds")
 
 
 def _not_at_budget(trained: Arms, by_size: Arms) -> Message | None:

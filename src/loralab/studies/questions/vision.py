@@ -7,18 +7,12 @@ from loralab.adapters.methods import FullFineTune
 from loralab.errors import ConfigError
 from loralab.models.load import Base
 from loralab.studies.compare import Comparison, compare_arms, score_chart
-from loralab.studies.evidence import mean_of, parameters
 from loralab.studies.measures.anatomy import MEASURE_ANATOMY, anatomy_table, likeness
-from loralab.studies.measures.updates import REFERENCE
 from loralab.studies.message import Message, clauses, numbered, sentences
-from loralab.studies.places import ALL, CHOICES, advised, choices, require_choice
-from loralab.studies.ranking import claims, leader, open_rivals
+from loralab.studies.places import ALL, CHOICES, able_choices, advised, arm_of
 from loralab.studies.study import Answer, Arm, Finding, Record, StudySetup, nothing_measured
-from loralab.studies.trained import MEASURE
 from loralab.tasks.kinds.registry import kind_named
 from loralab.training.optim import usual_rate
-
-__all__ = ["MEASURE", "arms", "conclude"]
 
 RANK = 8
 PROBE, FULL, ANATOMY = "linear-probe", "full", "anatomy"
@@ -32,15 +26,11 @@ def arms(setup: StudySetup, base: Base) -> list[Arm]:
         text = f"the study vision needs a vision model and pictures, {base.name} is {base.kind}"
         hint = "take --model dinov2-s --data digits, or a folder of pictures by class"
         raise ConfigError(f"{text}; {hint}", code="no_pictures", field="model")
-    able = choices(base.model)
-    for value in setup.values:
-        require_choice(value, base.name, able)
-    wanted = setup.chosen(CHOICES, SHORT if setup.quick else CHOICES)
-    fields = {name: REFERENCE if name == ALL else {**REFERENCE, "target_modules": able[name]} for name in able}
+    able, wanted = able_choices(setup, base), setup.chosen(CHOICES, SHORT if setup.quick else CHOICES)
     rate = _full_rate(setup)
     return [
         Arm(name=PROBE, fields={"method": PROBE}),
-        *(Arm(name=f"{name} r={RANK}", fields=fields[name]) for name in able if name in wanted),
+        *(arm_of(name, RANK, able[name]) for name in able if name in wanted),
         Arm(name=FULL, fields={"method": FULL} if rate is None else {"method": FULL, "learning_rate": rate}),
         Arm(name=ANATOMY, options={"measure": MEASURE_ANATOMY}, tuned=False, plain=True),
     ]
@@ -59,15 +49,15 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
     anatomy, architecture = anatomy_table(tables), (first, likeness(tables))
     if found is None:
         empty = nothing_measured(setup, labels)
-        return replace(empty, tables=anatomy, blanks=[architecture, *empty.blanks])
+        return replace(empty, tables=[anatomy], blanks=[architecture, *empty.blanks])
     findings, layers = _findings(found), _layers(found)
     rate = _full_rate(setup)
     return found.answer(
         sentence=sentences(_against(found), layers),
         findings=findings,
         blanks=[architecture, *zip(labels, (layers, _performance(found), _plan(found, findings, setup)), strict=True)],
-        tables=[*anatomy, found.scores],
-        figures=[score_chart("vision", found.every, found.metric, Message("axis.trained_part"))],
+        tables=[anatomy, found.scores],
+        figures=[score_chart("vision", found.every, found.metric, "axis.trained_part")],
         method=sentences(Message("vision.method"), Message("vision.full_rate", rate=rate) if rate else None),
         advice=advised(found.advice),
         next=_next(found),
@@ -76,46 +66,36 @@ def conclude(records: Sequence[Record], setup: StudySetup) -> Answer:
 
 def _against(found: Comparison) -> Message:
     """Say how the best choice of layers stands against the probe and the full fine-tune."""
-    best = leader(found.ranking)
-    score, versus = found.metric.value(mean_of(found.arms[best], "score")), (PROBE, FULL)
-    return Message("vision.against", arm=best, score=score, parts=[_versus(found, best, name) for name in versus])
+    best = found.ranking.leader
+    versus = [_versus(found, best, name) for name in (PROBE, FULL)]
+    return Message("vision.against", arm=best, score=found.score(best), parts=versus)
 
 
 def _versus(found: Comparison, best: str, rival: str) -> Message:
     if rival not in found.every:
         return Message("vision.versus_missing", rival=rival)
     contrast = found.ranking.contrast(best, rival)
-    score, size = found.metric.value(mean_of(found.every[rival], "score")), found.metric.change(contrast.estimate)
-    return Message(f"vision.versus_{contrast.verdict}", rival=rival, score=score, size=size)
+    size = found.metric.change(contrast.estimate)
+    return Message(f"vision.versus_{contrast.verdict}", rival=rival, score=found.score(rival), size=size)
 
 
 def _layers(found: Comparison) -> Message:
     """Say which layers, as far as the numbers go."""
-    order = Message("vision.one_choice")
-    if len(found.arms) > 1:
-        order = Message("vision.among", ranking=found.order(found.arms))
+    order = found.order(found.arms)
+    among = Message("vision.among", ranking=order) if order else Message("vision.one_choice")
     taken = found.recommendation if found.ranking.recommended else Message("vision.not_above_probe")
-    return sentences(order, taken)
+    return sentences(among, taken)
 
 
 def _performance(found: Comparison) -> Message:
     """Say every arm's score and cost."""
-    return clauses(
-        Message(
-            "vision.performance",
-            arm=name,
-            score=found.metric.scored(runs),
-            parameters=parameters(runs),
-            step=mean_of(runs, "step_seconds"),
-        )
-        for name, runs in found.every.items()
-    )
+    return clauses(Message("vision.performance", **found.facts(name)) for name in found.every)
 
 
 def _findings(found: Comparison) -> list[Finding]:
     """Compare each choice with the probe and the full fine-tune, and the choices pair by pair."""
     across = [found.claim(name, rival) for rival in found.every if rival not in found.arms for name in found.arms]
-    return [*across, *claims(found.ranking, found.metric)]
+    return [*across, *found.claims()]
 
 
 def _plan(found: Comparison, findings: Sequence[Finding], setup: StudySetup) -> Message:
@@ -128,9 +108,9 @@ def _plan(found: Comparison, findings: Sequence[Finding], setup: StudySetup) -> 
 
 def _next(found: Comparison) -> Message:
     """Suggest an experiment: against the probe first, then between choices, then ranks."""
-    first = leader(found.ranking)
+    first = found.ranking.leader
     if PROBE in found.every and found.ranking.contrast(first, PROBE).verdict != "better":
         return Message("vision.more_pictures", arm=first)
-    if rivals := open_rivals(found.ranking):
+    if rivals := found.ranking.open_rivals:
         return Message("vision.equal_size", arm=first, rival=rivals[0])
     return Message("vision.other_ranks", arm=first)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from loralab.studies.contrast import CONFIDENCE, Contrast
-from loralab.studies.evidence import Metric, metric_of
+from loralab.studies.evidence import Metric, by_key, metric_of
 from loralab.studies.measures.deployed import DENSE, LOOPED, MERGED, SEVERAL, UNMERGED
 from loralab.studies.measures.passes import Way
 from loralab.studies.message import Message
@@ -127,12 +127,10 @@ def deployed_of(records: Sequence[Record], setup: StudySetup) -> Deployed:
     """Return what the records hold; nothing where nothing was timed."""
     timed = [record for record in records if record.tables.get("latency")]
     rows = [((r.arm.name, row["variant"]), row) for r in timed for row in r.tables["latency"]]
-    times: dict[Way, dict[int, Sequence[float]]] = {}
-    for way, row in rows:
-        times.setdefault(way, {})[row["batch"]] = row["seconds"]
+    ways = by_key(rows, lambda pair: pair[0])
     smallest = min((row["batch"] for _, row in rows), default=None)
     return Deployed(
-        times=times,
+        times={way: {row["batch"]: row["seconds"] for _, row in own} for way, own in ways.items()},
         prompts={way: float(np.median(row["prompt"])) for way, row in rows if row["batch"] == smallest},
         control={arm: (arm, row["control"]) for (arm, _), row in rows},
         weights={(r.arm.name, row["variant"]): row for r in timed for row in r.tables.get("weights", ())},

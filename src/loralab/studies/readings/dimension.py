@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from loralab.studies.contrast import SEED, Floats
-from loralab.studies.evidence import Metric
-from loralab.studies.message import Chart, Column, Message, Table, chart, columns
+from loralab.studies.evidence import Metric, by_key
+from loralab.studies.message import Chart, Column, Message, Table, chart, table
 from loralab.studies.ranking import FLOOR
 from loralab.studies.readings.low_rank import Part
 from loralab.studies.statistics import difference, monotone
@@ -40,10 +40,8 @@ def dimension(records: Sequence[Record], full: str, metric: Metric) -> Part:
 
 def _curve(records: Sequence[Record], variant: str) -> dict[int, Floats]:
     """Return every d of a variant with the mean score of each test row over seeds, the smallest first."""
-    found: dict[int, list[Record]] = {}
-    for record in records:
-        if record.arm.options.get("variant") == variant and record.items.get("score"):
-            found.setdefault(int(record.arm.options["d"]), []).append(record)
+    own = (r for r in records if r.arm.options.get("variant") == variant and r.items.get("score"))
+    found = by_key(own, lambda r: int(r.arm.options["d"]))
     return {d: rows for d in sorted(found) if (rows := _by_row(found[d])) is not None}
 
 
@@ -131,8 +129,8 @@ def _drawn(curves: Mapping[str, Curve], goal: float | None, large: int, metric: 
         for name, d, y in points
     ]
     score, variant, size = Message("axis.score", metric=metric.text), "lowrank.variant_column", "lowrank.d_column"
-    shown = columns(f"arm::{variant}", f"x:count:{size}", "of:fine percent:lowrank.of_column")
-    table = Table(title=Message("lowrank.dimension_table"), columns=[*shown, Column("score", label=score)], rows=rows)
+    shown = (f"arm::{variant}", f"x:count:{size}", "of:fine percent:lowrank.of_column", Column("score", label=score))
     axes, level = (size, score, variant), None if goal is None else sign * goal
     options: dict[str, Any] = {"log_x": True, "chance": level, "percent": metric.rises}
-    return table, chart("lines", "lowrank-dimension", "lowrank.curve_chart", rows, *axes, **options)
+    curve = chart("lines", "lowrank-dimension", "lowrank.curve_chart", rows, *axes, **options)
+    return table("lowrank.dimension_table", rows, *shown), curve

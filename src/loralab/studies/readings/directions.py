@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from loralab.studies.measures.overlaps import LARGE, RANKS, SEEDS, SIDES, SMALL, TOP
-from loralab.studies.message import Chart, Message, Table, chart, columns
+from loralab.studies.message import Chart, Message, Table, chart, table
 from loralab.studies.readings.low_rank import SHARE_MARGIN, Part, Rows, compared
 from loralab.studies.statistics import difference
 from loralab.studies.study import Finding, Record
@@ -92,9 +92,8 @@ def _amplified(rows: Rows, order: Sequence[Finding]) -> Message:
 def _order_table(rows: Rows) -> Table:
     """Return table 7 of the paper: what W has in the directions of the update, of chance, of itself."""
     keys = ("update", "chance", "inside", "own", "weight", "factor")
-    shown = columns("rank", *(f"{key}:.2f:lowrank.{key}_column" for key in keys))
     medians = [{"rank": rank, **{key: _middle(rows, rank, key) for key in keys}} for rank in (SMALL, LARGE)]
-    return Table(title=Message("lowrank.order_table"), columns=shown, rows=medians)
+    return table("lowrank.order_table", medians, "rank", *(f"{key}:.2f:lowrank.{key}_column" for key in keys))
 
 
 def _phi_chart(table: Sequence[Mapping[str, Any]], pair: str, side: str) -> Chart:

@@ -7,13 +7,14 @@ minus the loss of each text, or whether the probe of the base is right (measures
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from loralab.studies.compare import Comparison
 from loralab.studies.contrast import Contrast, Floats
-from loralab.studies.evidence import Metric, claim
+from loralab.studies.evidence import Metric, by_key, claim
 from loralab.studies.measures.forgetting import ITEMS
 from loralab.studies.message import Chart, Message, chart
 from loralab.studies.ranking import rank_rows
@@ -69,10 +70,8 @@ class Tradeoffs:
     @staticmethod
     def of(records: Sequence[Record]) -> "Tradeoffs":
         """Read the records that hold points."""
-        known, seeds = [record for record in records if record.tables.get("points")], []
-        for record in known:
-            names = dict.fromkeys(row["arm"] for row in record.tables["points"])
-            seeds.append({name: [row for row in record.tables["points"] if row["arm"] == name] for name in names})
+        known = [record for record in records if record.tables.get("points")]
+        seeds = [by_key(record.tables["points"], itemgetter("arm")) for record in known]
         return Tradeoffs(seeds, known[0].texts["general_kind"] if known else "loss")
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 from loralab.studies.evidence import Metric, claim, mean_of
 from loralab.studies.measures.intruders import GENERAL, KEPT, NEAR, REPAIRED, TASK, TOP
 from loralab.studies.measures.overlaps import LARGE, SMALL
-from loralab.studies.message import Column, Message, Table, columns
+from loralab.studies.message import Column, Message, Table, table
 from loralab.studies.ranking import rank_rows
 from loralab.studies.readings.low_rank import Part, Rows, compared
 from loralab.studies.statistics import difference
@@ -97,5 +97,4 @@ def _table(runs: Runs, losses: Mapping[str, float]) -> Table:
         Column(key, how, Message(f"lowrank.intruder_{key}", top=TOP, near=NEAR))
         for key, how in {**FORMATS, "loss": "plain"}.items()
     ]
-    shown = [*columns("run::lowrank.run_column"), *numbers]
-    return Table(title=Message("lowrank.intruder_table"), columns=shown, rows=rows)
+    return table("lowrank.intruder_table", rows, "run::lowrank.run_column", *numbers)

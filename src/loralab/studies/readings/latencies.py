@@ -9,10 +9,10 @@ import numpy as np
 
 from loralab.studies import timing
 from loralab.studies.contrast import CONFIDENCE, Contrast
-from loralab.studies.evidence import finding
+from loralab.studies.evidence import by_key, finding
 from loralab.studies.measures.passes import MERGED, PLAIN, Shape, Way
-from loralab.studies.message import Chart, Column, Message, Table, clauses
-from loralab.studies.study import Finding, Record
+from loralab.studies.message import Chart, Column, Message, Table, chart, clauses, table
+from loralab.studies.study import NOT_MEASURED, Finding, Record
 from loralab.studies.timing import MARGIN, change, growth, overhead, time_range
 
 BASE: Way = (PLAIN, PLAIN)
@@ -57,8 +57,8 @@ class Timings:
         return clauses([time_range(self.times[way][shape]), None if over is None else change(over)])
 
     def chart(
-        self, name: str, title: Message, by: Message, called: Callable[[Way], Any], written: Callable[[Any], str]
-    ) -> list[Chart]:
+        self, name: str, title: str, by: str, called: Callable[[Way], Any], written: Callable[[Any], str]
+    ) -> Chart:
         """Return what every way adds at every shape, as a share of what it stands against.
 
         Args:
@@ -70,8 +70,7 @@ class Timings:
             for way, shape in pairs
             if (over := self.over(way, shape)) is not None
         ]
-        x, y = Message("column.variant"), Message("axis.more_time")
-        return [Chart("bars", name, title, rows, x, y, by, {"percent": True})] if rows else []
+        return chart("bars", name, title, rows, "column.variant", "axis.more_time", by, percent=True)
 
 
 class Latencies(Timings):
@@ -80,12 +79,10 @@ class Latencies(Timings):
     @staticmethod
     def of(records: Sequence[Record]) -> "Latencies":
         """Read the records; nothing where nothing was timed."""
-        times: dict[Way, dict[Shape, Sequence[float]]] = {}
-        refused: dict[str, str] = {}
-        for record in records:
-            for row in record.tables.get("passes", ()):
-                times.setdefault((row["variant"], row["state"]), {})[row["batch"], row["length"]] = row["seconds"]
-            refused |= {row["variant"]: row["reason"] for row in record.tables.get("refused", ())}
+        rows = [row for record in records for row in record.tables.get("passes", ())]
+        ways = by_key(rows, lambda row: (row["variant"], row["state"]))
+        times = {way: {(row["batch"], row["length"]): row["seconds"] for row in own} for way, own in ways.items()}
+        refused = {row["variant"]: row["reason"] for r in records for row in r.tables.get("refused", ())}
         return Latencies(times=times, refused=refused)
 
     @property
@@ -94,13 +91,12 @@ class Latencies(Timings):
         return list(self.times.get(BASE, {}))
 
     def beside_base(self, variant: str | None = None) -> dict[Way, Contrast]:
-        """Compare the ways of one variant, or of all, with the base at the smallest shape, where they cost most."""
+        """Compare the ways of one variant, or of all, with the base at the smallest shape, where they cost most.
+
+        The ways that were not timed there are left out, as the base is.
+        """
         able = [way for way in self.times if way != BASE and variant in (None, way[0])]
         return {way: over for way in able for shape in self.shapes[:1] if (over := self.over(way, shape)) is not None}
-
-    def ways(self) -> list[Way]:
-        """Return the ways that were timed at the smallest shape, the base left out."""
-        return list(self.beside_base())
 
     def growth(self, way: Way) -> Contrast | None:
         """Return the overhead of the largest shape less that of the smallest; None if one was not timed."""
@@ -131,7 +127,7 @@ def in_short(times: Latencies, variant: str) -> Message:
     for way, over in times.beside_base(variant).items():
         time = Message("methods.time", seconds=times.middle(way, times.shapes[0]), share=-over.estimate)
         parts.append(Message(f"methods.time_{way[1]}", time=time) if (variant, MERGED) in times.times else time)
-    return clauses(parts) if parts else Message("answer.not_measured")
+    return clauses(parts) if parts else NOT_MEASURED
 
 
 def added(times: Latencies) -> Message | None:
@@ -143,25 +139,22 @@ def added(times: Latencies) -> Message | None:
     return Message("methods.adds", shape=format_shape(times.shapes[0]), parts=parts) if parts else None
 
 
-def pass_table(times: Latencies) -> list[Table]:
+def pass_table(times: Latencies) -> Table:
     """Return median and range of every way and shape, its share over the base, and the paper's."""
-    if not times.times:
-        return []
     names = [format_shape(shape) for shape in times.shapes]
-    columns = [Column(name, label=Message("column.pass_shape", shape=name)) for name in names]
+    shown = (Column(name, label=Message("column.pass_shape", shape=name)) for name in names)
     rows = []
     for way, by_shape in times.times.items():
         cells = {format_shape(shape): times.cell(way, shape) for shape in times.shapes if shape in by_shape}
         shares = next((shares for method, shares in PAPER.items() if way[0].startswith(method)), None)
         paper = shares and Message("methods.paper", small=shares[0], middle=shares[1], large=shares[2])
         rows.append({"variant": times.name(way), **cells, "paper": paper})
-    return [Table(title=Message("table.passes"), columns=(Column("variant"), *columns, Column("paper")), rows=rows)]
+    return table("table.passes", rows, "variant", *shown, "paper")
 
 
-def pass_chart(times: Latencies) -> list[Chart]:
+def pass_chart(times: Latencies) -> Chart:
     """Return what every way adds to a pass of the base."""
-    title, by = Message("methods.latency_chart"), Message("methods.shape")
-    return times.chart("latency", title, by, times.name, format_shape)
+    return times.chart("latency", "methods.latency_chart", "methods.shape", times.name, format_shape)
 
 
 def pass_findings(times: Latencies) -> list[Finding]:

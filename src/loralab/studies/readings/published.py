@@ -5,9 +5,10 @@ from collections.abc import Collection, Sequence
 from loralab.studies.compare import Comparison
 from loralab.studies.contrast import Contrast
 from loralab.studies.measures.passes import MERGED, UNMERGED
-from loralab.studies.message import Column, Message, Table
+from loralab.studies.message import Message, Table, table
 from loralab.studies.ranking import FLOOR
 from loralab.studies.readings.latencies import Latencies
+from loralab.studies.study import NOT_MEASURED
 from loralab.studies.timing import change
 
 Row = dict[str, Message | None]
@@ -24,14 +25,12 @@ def published_table(
         others: rows of further claims, such as those on forgetting.
     """
     scores = _scores(found, lora, [name for name in family if name != lora])
-    rows = [*_passes(times), *scores, *others]
-    columns = (Column("claim"), Column("here"), Column("numbers"))
-    return Table(title=Message("table.published"), columns=columns, rows=rows)
+    return table("table.published", [*_passes(times), *scores, *others], "claim", "here", "numbers")
 
 
 def _passes(times: Latencies) -> list[Row]:
     """Return the orders of LoRA's Table 1: merged adds nothing; adapters cost, most so for a single short row."""
-    variants = {variant.partition(" ")[0]: variant for variant, _ in reversed(times.ways())}
+    variants = {variant.partition(" ")[0]: variant for variant, _ in reversed(times.beside_base())}
     lora, heavy, light = ((variants.get(method, ""), UNMERGED) for method in ("lora", "houlsby", "pfeiffer"))
     first = times.shapes[:1]
     return [
@@ -69,6 +68,6 @@ def _scores(found: Comparison, lora: str | None, rivals: Sequence[str]) -> list[
 def holds_here(verdicts: Sequence[str], expected: Collection[str]) -> Message:
     """Tell whether all verdicts are among those that a published claim expects."""
     if not verdicts:
-        return Message("answer.not_measured")
+        return NOT_MEASURED
     others = set(verdicts) - set(expected)
     return Message("claim.holds" if not others else "claim.undecided" if others == {"undecided"} else "claim.fails")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from loralab.studies.contrast import Contrast
-from loralab.studies.evidence import mean_of
+from loralab.studies.evidence import by_key, mean_of
 from loralab.studies.statistics import difference
 from loralab.studies.study import DONE, Record
 from loralab.studies.timing import MARGIN
@@ -34,11 +34,8 @@ class Savings:
     @staticmethod
     def of(records: Sequence[Record]) -> "Savings":
         """Sort the records that came to their end."""
-        found: dict[str, list[Record]] = {}
-        for record in records:
-            role = str(record.arm.options.get("role", ""))
-            if role in ROLES and record.status == DONE and "peak_bytes" in record.numbers:
-                found.setdefault(role, []).append(record)
+        ended = (r for r in records if r.status == DONE and "peak_bytes" in r.numbers)
+        found = by_key(ended, lambda r: r.arm.options.get("role"))
         return Savings(runs={role: found[role] for role in ROLES if role in found})
 
     @property

@@ -2,17 +2,19 @@
 
 import statistics
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from loralab.studies.evidence import finding
+from loralab.studies.evidence import by_key, finding
 from loralab.studies.measures.spectra import SHARES
-from loralab.studies.message import Chart, Message, Table, chart, columns
+from loralab.studies.message import Chart, Message, Table, chart, points, table
 from loralab.studies.readings.low_rank import SHARE_MARGIN, Part, Rows
 from loralab.studies.statistics import difference
 from loralab.studies.study import Finding, Record
 
+KIND = itemgetter("module")  # one of each layer
 LOW = 0.25  # of all directions: an update of which so many hold 90 % of the energy is low-rank
 
 
@@ -53,37 +55,28 @@ def _middle(rows: Rows, key: str) -> float:
     return statistics.median(float(row[key]) for row in rows)
 
 
-def _by_kind(modules: Rows) -> dict[str, Rows]:
-    """Return the modules by their kind, one of each layer."""
-    names = dict.fromkeys(row["module"] for row in modules)
-    return {name: [row for row in modules if row["module"] == name] for name in names}
-
-
 def _table(modules: Rows) -> Table:
     """Return every kind of module over its layers: size of the update and its ranks beside chance."""
     rows = []
-    for kind, own in _by_kind(modules).items():
+    for kind, own in by_key(modules, KIND).items():
         ranks = {
             key: Message("lowrank.beside", value=_middle(own, key), chance=_middle(own, f"random_{key}"))
             for key in ("rank90", "effective", "stable")
         }
         shape, relative = " × ".join(map(str, own[0]["shape"])), _middle(own, "relative")
         rows.append({"kind": kind, "shape": shape, "relative_update": relative, **ranks})
-    shown = columns("kind", "shape", "relative_update:fine percent", "rank90", "effective", "stable")
-    return Table(title=Message("lowrank.update_table"), columns=shown, rows=rows)
+    shown = ("kind", "shape", "relative_update:fine percent", "rank90", "effective", "stable")
+    return table("lowrank.update_table", rows, *shown)
 
 
 def _charts(modules: Rows) -> list[Chart]:
     """Draw energy against rank, by kind and of random matrices; and the directions that every module needs."""
-    curves: dict[Any, Any] = {kind: [row["energy"] for row in own] for kind, own in _by_kind(modules).items()}
+    curves: dict[Any, Any] = {kind: [row["energy"] for row in own] for kind, own in by_key(modules, KIND).items()}
     for row in modules:
         small, large = sorted(row["shape"])
         curves.setdefault(Message("lowrank.random", small=small, large=large), [row["random_energy"]])
-    lines = [
-        {"arm": name, "x": x, "y": float(y)}
-        for name, own in curves.items()
-        for x, y in zip(SHARES, np.median(own, axis=0), strict=True)
-    ]
+    medians = {name: np.median(own, axis=0).tolist() for name, own in curves.items()}
+    lines = points({name: dict(zip(SHARES, own, strict=True)) for name, own in medians.items()})
     cells = [
         {"x": "–" if row["layer"] < 0 else str(row["layer"]), "y": row["module"], "value": share}
         for row, share in zip(modules, _shares(modules, "rank90"), strict=True)

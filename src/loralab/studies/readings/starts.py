@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from loralab.studies.contrast import Contrast
-from loralab.studies.evidence import Metric, mean_of
+from loralab.studies.evidence import Metric, by_key, mean_of
 from loralab.studies.measures.watch import mean_of_steps
-from loralab.studies.message import Chart, Message, chart
+from loralab.studies.message import Chart, Message, chart, points
 from loralab.studies.statistics import difference
 from loralab.studies.study import Record
 
@@ -53,11 +53,8 @@ class Start:
 
 def starts_of(records: Sequence[Record]) -> dict[str, Start]:
     """Return the starts of the records that know theirs, by arm."""
-    runs: dict[str, list[Record]] = {}
-    for record in records:
-        if "start_logits" in record.numbers:
-            runs.setdefault(record.arm.name, []).append(record)
-    return {name: Start(runs=of_arm) for name, of_arm in runs.items()}
+    known = by_key((r for r in records if "start_logits" in r.numbers), lambda r: r.arm.name)
+    return {name: Start(runs=runs) for name, runs in known.items()}
 
 
 def first_losses(starts: Mapping[str, Start]) -> dict[str, list[float]]:
@@ -73,23 +70,14 @@ def charts_of(starts: Mapping[str, Start]) -> list[Chart]:
 
     A logarithm has no place for the zero that the gradient of A begins with.
     """
-    losses = [
-        {"arm": name, "x": i, "y": loss}
-        for name, curve in first_losses(starts).items()
-        for i, loss in enumerate(curve, 1)
-    ]
+    losses = points(first_losses(starts))
     moved = [
         {"arm": name, "group": Message(f"init.{number}"), "value": start.mean(number)}
         for name, start in starts.items()
         for number in MOVED
     ]
-    lengths = [
-        {"arm": f"{name}: {part}", "x": i, "y": length}
-        for name, start in starts.items()
-        for part in ("A", "B")
-        for i, length in enumerate(start.gradients(part), 1)
-        if length > 0
-    ]
+    gradients = {f"{name}: {part}": start.gradients(part) for name, start in starts.items() for part in ("A", "B")}
+    lengths = [point for point in points(gradients) if point["y"] > 0]
     by = "column.start"
     return [
         chart("lines", "init-first-losses", "init.losses_chart", losses, "axis.step", "column.train_loss", by),

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from loralab.studies.contrast import Verdict
-from loralab.studies.evidence import Metric, mean_of
+from loralab.studies.evidence import Metric, by_key, mean_of
 from loralab.studies.measures.watch import mean_of_steps
 from loralab.studies.ranking import ranked
 from loralab.studies.statistics import reaches, smoothed
@@ -86,18 +86,15 @@ class Sweep:
     @staticmethod
     def of(records: Sequence[Record]) -> "Sweep":
         """Sort the records that ran, to their end or until they diverged."""
-        found: dict[Key, dict[float, list[Record]]] = {}
-        for record in (record for record in records if record.status in (DONE, DIVERGED)):
-            fields = record.arm.fields
-            own = found.setdefault((str(fields["scaling"]), int(fields["rank"])), {})
-            own.setdefault(float(fields["learning_rate"]), []).append(record)
-        return Sweep({key: Cell(*key, {rate: own[rate] for rate in sorted(own)}) for key, own in found.items()})
+        ran = (record for record in records if record.status in (DONE, DIVERGED))
+        cells = by_key(ran, lambda r: (str(r.arm.fields["scaling"]), int(r.arm.fields["rank"])))
+        runs = {key: by_key(own, lambda r: float(r.arm.fields["learning_rate"])) for key, own in cells.items()}
+        return Sweep({key: Cell(*key, dict(sorted(own.items()))) for key, own in runs.items()})
 
     @property
     def scalings(self) -> dict[str, list[Cell]]:
         """Return the cells of each scaling, in the order of their first run."""
-        names = dict.fromkeys(scaling for scaling, _ in self.cells)
-        return {name: [cell for cell in self.cells.values() if cell.scaling == name] for name in names}
+        return by_key(self.cells.values(), lambda cell: cell.scaling)
 
     @property
     def ranks(self) -> list[int]:
