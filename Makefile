@@ -8,7 +8,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# of 18,000 files a third is ever imported, and compiled then
+# of 18,000 files a third is ever imported, and compiled then - once, not by every process anew
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: setup demo demo-tasks test types behaviour test-slow bench docs clients release audit clean

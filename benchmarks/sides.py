@@ -55,8 +55,11 @@ class Worker:
 
     def close(self) -> None:
         """End it, wherever it is."""
+        assert self._process.stdin is not None and self._process.stdout is not None
         self._process.kill()
         self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
 
 
 def in_turn(sides: Mapping[str, Callable[[], Worker]], pairs: int, warm_up: int) -> dict[str, list[Figures]]:

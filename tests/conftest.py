@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import subprocess
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,12 +77,20 @@ def pytest_collection() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forked() -> Iterator[None]:
+    """Fork what would be a fresh interpreter, for fixtures of every scope too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificate, "subprocess", Subprocess())
+        patch.setattr(executor, "PRELOADED", PRELOADED)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork what would be a fresh interpreter, but for tests that are marked `interpreter`."""
-    if "interpreter" not in request.keywords:
-        monkeypatch.setattr(certificate, "subprocess", Subprocess())
-    monkeypatch.setattr(executor, "PRELOADED", PRELOADED)
+def interpreters(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start interpreters in tests that are marked `interpreter`."""
+    if "interpreter" in request.keywords:
+        monkeypatch.setattr(certificate, "subprocess", subprocess)
 
 
 @pytest.fixture(scope="session")

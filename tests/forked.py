@@ -113,6 +113,7 @@ class Forked:
         env: Mapping[str, str] | None = None,
         cwd: Any = None,
         text: bool = False,
+        start_new_session: bool = False,
     ) -> None:
         mode = "" if text else "b"
         with contextlib.ExitStack() as stack:
@@ -122,6 +123,7 @@ class Forked:
             ours = [s.fileno() for s in (self.stdin, self.stdout, self.stderr) if s]
             shared = ours if context.get_start_method() == "fork" else []
             place = {"shared": shared, "env": dict(env or os.environ), "cwd": str(cwd or Path.cwd())}
+            place["own_session"] = start_new_session
             self._process = context.Process(
                 target=_be, args=(list(map(str, command[1:])), (first, second, third), place)
             )
@@ -191,6 +193,8 @@ def _stream(asked: Any, mode: str, stack: contextlib.ExitStack) -> tuple[IO[Any]
 def _be(arguments: list[str], streams: Sequence[Any], place: dict[str, Any]) -> None:
     """The forked process: from here on Python with these arguments."""
     gc.freeze()  # what was imported stays: no look at it, and no copies of its pages
+    if place["own_session"]:
+        os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell left behind
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     nowhere = os.open(os.devnull, os.O_RDWR)

@@ -23,27 +23,32 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return gpu
 
 
-@pytest.mark.usefixtures("gpu")
-def test_a_trial_compares_steps_with_the_peer(tmp_path: Path) -> None:
-    """Of the real script: its part's process, the workers, the lines, the JSON file."""
+def test_every_path_agrees_with_the_plain_one(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a trial: its part is a process of the real script, whose lines end in the JSON file."""
     out = tmp_path / "gpu.json"
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "--json", str(out)]
-    done = Subprocess().run([*command, "--parts", "train"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    given = ["--device", "cpu", "--tiny", "--json", str(out), "--parts", "agreement"]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
+    monkeypatch.setattr(gpu, "subprocess", Subprocess())
+    assert gpu.main() == 0
     found = json.loads(out.read_text())
     assert {"torch", "transformers", "loralab", "device"} == set(found["versions"])
-    (steps,) = found["lines"]
+    assert [line for line in found["lines"] if not line["ok"]] == []
+    assert {(line["part"], line["precision"], line["case"]) for line in found["lines"]} == {
+        ("agreement", precision, way)
+        for precision in ("fp32", "bf16", "fp16")
+        for way in ("plain", "patched", "packed")
+    }
+
+
+def test_steps_are_compared_with_the_peer(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its workers, of which each is the real script."""
+    out = tmp_path / "0.jsonl"
+    monkeypatch.setattr(sys.modules["sides"], "subprocess", Subprocess())
+    gpu.act("train:tiny", Namespace(**vars(ON_CPU), out=out))
+    (steps,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert steps["ok"]
     assert steps["speed_ratio"]["median"] > 0
     assert set(steps["peak_bytes"]) == {"loralab", "trainer"}
-
-
-def test_every_path_agrees_with_the_plain_one(gpu: Any) -> None:
-    found = list(gpu.agreement(torch.device("cpu"), True))
-    assert [line for line in found if not line["ok"]] == []
-    assert {(line["precision"], line["case"]) for line in found} == {
-        (precision, way) for precision in ("fp32", "bf16", "fp16") for way in ("plain", "patched", "packed")
-    }
 
 
 def test_methods_are_compared_and_trained(gpu: Any) -> None:

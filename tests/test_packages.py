@@ -152,13 +152,15 @@ def test_what_an_installer_complains_of_is_one_line(monkeypatch: pytest.MonkeyPa
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_an_archive_is_kept_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("modules", [("pip",), ("pip", "setuptools"), ("uv",)])
+def test_an_archive_is_kept_as_it_is(modules: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own = Package(
         name="rows", version="2", sha256="b" * 64, size=3, licence="MIT", archive="rows-2.zip", folder=lambda: tmp_path
     )
-    found = installer(monkeypatch, files={"rows-2.zip": b"abc"})
+    found = installer(monkeypatch, modules, files={"rows-2.zip": b"abc"})
     install(own)
     assert "download" in found.commands[0]
+    assert ("--no-build-isolation" in found.commands[0]) == ("setuptools" in modules)
     assert [file.name for file in tmp_path.iterdir()] == ["rows-2.zip"]
     assert (tmp_path / "rows-2.zip").read_bytes() == b"abc"
 

@@ -166,8 +166,13 @@ def _installer() -> list[str]:
 
 
 def _downloader() -> list[str]:
-    """Return the command that fetches a file as it is; uv has none of its own, but runs pip."""
-    return [sys.executable, "-m", "pip", "download"] if _has("pip") else [*_uv(), "tool", "run", "pip", "download"]
+    """Return the command that fetches a file as it is; uv has none of its own, but runs pip.
+
+    pip reads the metadata of what it fetches, for which it would first fetch a setuptools of its own.
+    """
+    if not _has("pip"):
+        return [*_uv(), "tool", "run", "pip", "download"]
+    return [sys.executable, "-m", "pip", "download", *["--no-build-isolation"] * _has("setuptools")]
 
 
 def _has(module: str) -> bool:

@@ -131,6 +131,7 @@ def _be(arguments: list[str], end: Connection, fatal: int) -> None:
 
 def _die_before(number: int) -> None:
     """Be killed before so many calls that change files; what it has forked lives on."""
+    sys.dont_write_bytecode = True  # what is compiled on the way does not count
     count, own = itertools.count(1), os.getpid()
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:

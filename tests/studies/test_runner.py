@@ -67,7 +67,7 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(own_study: Path, 
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     Victim(["tasks", "--json"]).end()  # now everything is imported
     killed_at_random(own_study, killed, 2, 1.0)
-    time.sleep(1.5)  # what the killed ones started ends by itself
+    require_end(killed / store.LOG)
     extra = ["--resume"] if (killed / store.STUDY).is_file() else []
     for folder, more in ((killed, extra), (whole, [])):
         ended = Victim(["study", own_study, "--output-dir", folder, *more]).end()
@@ -82,7 +82,7 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(own_study: Path, 
 def test_a_study_killed_ten_times(own_study: Path, tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     killed_at_random(own_study, killed, 10, 0.5)
-    time.sleep(1.5)
+    require_end(killed / store.LOG)
     extra = ["--resume"] if (killed / store.STUDY).is_file() else []
     for folder, more in ((killed, extra), (whole, [])):
         ended = Victim(["study", own_study, "--output-dir", folder, *more]).end()
@@ -166,11 +166,17 @@ def test_the_worker_ends_with_its_parent(tmp_path: Path, own_study: Path) -> Non
         time.sleep(0.01)
     running.kill()
     running.communicate()
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and printing_to(tmp_path / "study" / store.LOG):
-        time.sleep(0.1)
     assert trials
-    assert not printing_to(tmp_path / "study" / store.LOG)
+    require_end(tmp_path / "study" / store.LOG)
+
+
+def require_end(log: Path) -> None:
+    """Wait for what a killed study has started, which ends by itself."""
+    time.sleep(0.2)  # what was just forked does not print to the log yet
+    deadline = time.monotonic() + 10
+    while printing_to(log):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def printing_to(log: Path) -> list[int]:
