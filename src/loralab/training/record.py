@@ -33,7 +33,8 @@ class RunRecord:
 
     def __init__(self, folder: Path, step: int, listener: Listener | None, *, speaks: bool = True) -> None:
         self.folder, self._step, self._speaks = folder, step, speaks
-        self._listener, self._tracked = listener, None
+        self._listener = listener
+        self._tracked: Tracked | None = None
         if speaks:
             _drop_after(folder / METRICS, step)
             _end_line(folder / LOG)
