@@ -24,20 +24,22 @@ def trial(model: Path, data: Path, **options: object) -> Trial:
 
 
 def test_forward_passes_of_two_variants(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
-    ways = {"ours": {"variant": "bottleneck", "batch": 1}, "theirs": {"variant": "LoRA", "state": "merged", "batch": 1}}
+    ways = {"ours": ["bottleneck", "unmerged"], "theirs": ["LoRA", "merged"], "shape": [1, 16]}
     own = trial(tiny_bert_folder, noise_file, seconds=0.1, trials=6, variants=VARIANTS, **ways)
     found = passes(own, tmp_path, print).numbers
     assert found["trials"] == 6
     assert -100 < found["longer"] < 1000
+    with pytest.raises(ConfigError) as refused:  # a bottleneck cannot be merged
+        passes(
+            trial(tiny_bert_folder, noise_file, variants=VARIANTS, **{**ways, "ours": ["bottleneck", "merged"]}),
+            tmp_path,
+            print,
+        )
+    assert (refused.value.code, refused.value.field) == ("wrong_way", "ours")
 
 
 def test_batches_for_several_adapters(tmp_path: Path, tiny_bert_folder: Path, noise_file: Path) -> None:
     asked = {"adapters": [2, 4], "looped": [], "batches": [4], "seconds": 0.1, "trials": 6}
-    ways = {"ours": {"variant": "4 adapters", "batch": 4}, "theirs": {"variant": "2 adapters", "batch": 4}}
-    found = batches(trial(tiny_bert_folder, noise_file, **asked, **ways), tmp_path, print).numbers
+    found = batches(trial(tiny_bert_folder, noise_file, **asked, ours=4, theirs=2), tmp_path, print).numbers
     assert found["trials"] == 6
     assert -100 < found["longer"] < 1000
-    with pytest.raises(ConfigError) as refused:
-        other = trial(tiny_bert_folder, noise_file, **asked, **{**ways, "theirs": {"variant": "3 adapters"}})
-        batches(other, tmp_path, print)
-    assert (refused.value.code, refused.value.field) == ("wrong_way", "theirs")
