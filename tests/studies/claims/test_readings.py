@@ -12,7 +12,7 @@ from studies.claims.planted import Drawn, claim_file, right
 from loralab.studies.claims.conduct import observations_of
 from loralab.studies.claims.readings import estimate
 from loralab.studies.claims.verdict import Estimate, decide
-from loralab.studies.study import DIVERGED, Trial
+from loralab.studies.study import DIVERGED, FAILED, Trial
 
 Made = Callable[[Trial], dict[str, Any]]
 SWEEPS = "\n".join(
@@ -188,6 +188,16 @@ def test_the_order_of_arms_beside_what_was_said_of_their_types(tmp_path: Path, s
     changes = {"reading": reading, "arms": arms + '\n[arms.scores]\nmeasure = "modules"\n', "margin": 0.5}
     found, own = read_of(tmp_path, made, direction="below", **changes)
     assert (found.value, own) == (float(sign), verdict)
+
+
+def test_a_run_that_failed_is_no_loss_of_its_setting(tmp_path: Path) -> None:
+    def made(trial: Trial) -> dict[str, Any]:
+        rate = trial.arm.fields["learning_rate"]
+        return {"status": FAILED} if rate == 1e-2 else {"numbers": {"validation_loss": 1 + rate}}
+
+    reading = 'name = "variance"\nof = ["r=1", "r=4", "r=16"]\nwhere = {ours = "learning_rate", theirs = ["rank"]}'
+    found, own = read_of(tmp_path, made, reading=reading, arms=SWEEPS, margin=0.1)
+    assert (own, math.isnan(found.value)) == ("undecided", True)
 
 
 @pytest.mark.parametrize(("of_rate", "of_rank", "verdict"), [(1.0, 0.2, "holds"), (0.2, 1.0, "refuted")])

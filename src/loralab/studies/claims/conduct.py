@@ -60,8 +60,10 @@ def decide_claims(
                 if claim.study not in skipped:
                     own.run(setup_of(claim), arms_of(claim))
                     rows = write_board(folder)
-    decided = {row["claim"] for row in rows}
-    unfinished = [claim.study for claim in claims if claim.claim not in decided and claim.study not in skipped]
+    done = {row["claim"]: row["robustness"] for row in rows}
+    due = [*claims, *_to_repeat(folder, rows, claims)]
+    missing = [one for one in due if one.claim not in done or (one.again and one.again not in done[one.claim])]
+    unfinished = [one.study for one in missing if one.study not in skipped]
     left = dict.fromkeys(unfinished, "runs are missing; go on with --resume")
     return conduct.Outcome(folder=folder, answers={}, skipped={**skipped, **left}, board=rows)
 

@@ -30,7 +30,7 @@ from loralab.studies.contrast import Contrast, Sample, rank_arms
 from loralab.studies.evidence import Metric
 from loralab.studies.measures.variance import variance_shares
 from loralab.studies.statistics import difference
-from loralab.studies.study import DONE
+from loralab.studies.study import DIVERGED, DONE
 
 Runs = Mapping[str, Sequence[Observation]]  # by arm
 BySeed = Mapping[int, Sequence[float]]  # one number, or one for each row
@@ -196,7 +196,7 @@ def _rank_correlation(claim: Claim, runs: Runs) -> BySeed:
 def _variance(claim: Claim, runs: Runs) -> BySeed:
     """Return the share of a field less the largest share of the others, seed by seed.
 
-    A seed without a run that ended, and one whose grid is not whole, has none.
+    A seed without a run that ended, with one that failed, or whose grid is not whole, has none.
     """
     own, others = str(claim.reading.where["ours"]), [str(name) for name in claim.reading.where["theirs"]]
     every = [run for each in runs.values() for run in each]
@@ -205,7 +205,8 @@ def _variance(claim: Claim, runs: Runs) -> BySeed:
     found: dict[int, list[float]] = {}
     for seed, grid in seeds.items():
         ended = [run.loss for run in grid if math.isfinite(_loss(run))]
-        if len(grid) == whole and len(set(ended)) > 1:
+        ran = [run for run in grid if run.status in (DONE, DIVERGED)]
+        if len(ran) == whole and len(set(ended)) > 1:
             rows = [
                 {**claim.arms[run.arm].fields, "learning_rate": run.rate, "loss": min(_loss(run), max(ended))}
                 for run in grid
