@@ -1,6 +1,7 @@
 # setup: .venv with everything that development needs    demo: the main job, about four minutes
 # demo-tasks: ten adapters trained together and served
 # test: tests, linter, formatter, types                  bench: ours against the peers, one file a claim
+# docs: the documentation site in build/site, from docs/ and docstrings; fetches its tools once and nothing else
 # clients: the ecosystem's tools against a server, each in an environment of its own (docs/clients.md)
 # release: wheel and source archive in dist, checked; publishes nothing
 # audit: the pins among known vulnerabilities, before a release; asks a service on the network
@@ -10,7 +11,7 @@ READY := .venv/.ready
 # of 18,000 files a third is ever imported, and compiled then
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: setup demo demo-tasks test types behaviour test-slow bench clients release audit clean
+.PHONY: setup demo demo-tasks test types behaviour test-slow bench docs clients release audit clean
 
 setup: $(READY)
 
@@ -44,6 +45,12 @@ test-slow: setup
 bench: setup
 	cd benchmarks && for one in loss_curve train_step train_run train_together memory scaling serve machine; do ../$(BIN)/python $$one.py --json results/$$one.json || exit 1; done \
 		&& ../$(BIN)/python scale.py --update ../docs/scale.md
+
+docs: setup
+	$(BIN)/python -c 'import mkdocs_static_i18n' 2> /dev/null || $(INSTALL) -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/site/gather.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "read it: $(BIN)/python -m http.server --directory build/site"
 
 clients: setup .venv-clients/.ready
 	cd benchmarks && ../$(BIN)/python clients.py --environments ../.venv-clients --write

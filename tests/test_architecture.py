@@ -107,7 +107,7 @@ def test_configurations_need_the_standard_library_only(file: str) -> None:
 
 
 def test_a_package_holds_a_docstring_and_nothing_else() -> None:
-    inner = (f"studies/{own}" for own in ("measures", "readings", "questions", "claims"))
+    inner = (f"studies/{own}" for own in ("measures", "readings", "questions", "claims", "prediction"))
     for part in (*MAY_IMPORT.keys() - {"cli"}, *inner):
         if not (ROOT / part).is_dir():
             continue

@@ -52,6 +52,7 @@ _WHERE = {
     "study": "studies.conduct",
     "report": "studies.conduct",
     "recommend": "studies.conduct",
+    "predict": "studies.prediction.predict",
     "LoralabError": "errors",
     "read": "tasks.given",
     "resolve": "models.source",

@@ -34,7 +34,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors go to standard error, one line each."""
-    from loralab.cli import artefacts, assets, card, demo, serve, study, train  # noqa: F401  (they add commands)
+    from loralab.cli import artefacts, assets, card, demo, predict, serve, study, train  # noqa: F401  (they add commands)
 
     try:
         train.take_method(arguments)
