@@ -81,6 +81,11 @@ class Drawn:
         """Register a claim and draw the runs that are missing; `made` returns the fields of a trial's record."""
         claim = read(file)
         register(self.folder, claim, file)
+        self.fill(claim, made)
+        return claim
+
+    def fill(self, claim: Claim, made: Callable[[Trial], Mapping[str, Any]]) -> None:
+        """Draw the runs of a claim that are missing."""
 
         def obtain(trial: Trial) -> Record:
             if (stored := store.read(self.folder, trial)) is not None:
@@ -92,7 +97,6 @@ class Drawn:
             return found
 
         walk(setup_of(claim), arms_of(claim), obtain)
-        return claim
 
 
 def right(shares: Mapping[str, float], noise: float = 0.01) -> Callable[[Trial], dict[str, Any]]:

@@ -12,9 +12,10 @@ from loralab.cli import run
 from loralab.errors import ConfigError, OutputError
 from loralab.studies import store
 from loralab.studies.claims import board, observations
-from loralab.studies.claims.conduct import register, require_same, write_board
-from loralab.studies.claims.form import packaged, read
+from loralab.studies.claims.conduct import REGISTER, register, registered, require_same, write_board
+from loralab.studies.claims.form import AGAIN, FOLDER, packaged, read, repetitions
 from loralab.studies.study import StudyOptions
+from loralab.values import read_toml
 
 DOCS = Path(__file__).parents[3] / "docs" / "claims"
 KEYS = {"claim", "verdict", "there", "here", "low", "high", "power", "minutes"}
@@ -44,7 +45,7 @@ def test_a_row_says_all_and_a_refutation_stands_beside_its_checks(drawn: Drawn) 
     assert row["low"] < row["here"] < row["high"] < 0
     assert 0.1 < row["power"] < 0.9
     assert (row["runs"], row["seeds"], row["lost"]) == (8, 4, 0)
-    assert row["minutes"] == pytest.approx(8 * 6 / 60)
+    assert (row["minutes"], row["registered"]) == (pytest.approx(8 * 6 / 60), 5)
     assert json.loads((drawn.folder / "board.json").read_bytes()) == [row]
 
 
@@ -181,3 +182,81 @@ def test_the_check_by_margin_makes_the_same_verdict_harder(
     drawn.run(claim_file(tmp_path, direction=direction, margin=margin), right({"one": one, "two": 0.9}, 0.005))
     (row,) = write_board(drawn.folder)
     assert (row["verdict"], row["robustness"]["margin"]) == (verdict, stricter), row
+
+
+def test_minutes_beyond_those_registered_are_said(drawn: Drawn, tmp_path: Path) -> None:
+    claim = read(tmp_path / "1.toml")
+    write_board(drawn.folder)
+    kept = observations.read(drawn.folder)
+    slow = board.row_of(claim, [replace(one, seconds=60.0) for one in kept])
+    assert board.cells_of(slow)["minutes"] == "8.0 of 5"
+    pages = [board.page([row]) for row in (slow, board.row_of(claim, kept))]
+    assert ["longer than registered" in page for page in pages] == [True, False]
+
+
+@pytest.mark.parametrize(("moved", "again"), [(0.0, "refuted"), (0.5, "holds")])
+def test_what_is_refuted_stands_beside_its_repetition(tmp_path: Path, moved: float, again: str) -> None:
+    """Runs with other seeds change no number of the claim itself, only the check that names them."""
+    drawn, file = Drawn(tmp_path / "out"), claim_file(tmp_path)
+    claim = drawn.run(file, right(SHARES))
+    (before,) = write_board(drawn.folder)
+    (repeated,) = repetitions(claim)
+    drawn.fill(repeated, right({"one": 0.6 + moved, "two": 0.9}))
+    (row,) = write_board(drawn.folder)
+    assert {**row, "robustness": {**row["robustness"]}} == {
+        **before,
+        "robustness": {**before["robustness"], "other seeds": again},
+    }
+    kept = observations.read(drawn.folder)
+    assert {one.again for one in kept} == {"", "other seeds"}
+    assert board.row_of(claim, kept) == row
+
+
+def test_what_checks_a_refutation_is_registered_with_the_claim(drawn: Drawn) -> None:
+    assert (drawn.folder / REGISTER / AGAIN).read_bytes() == (FOLDER / AGAIN).read_bytes()
+    assert registered(drawn.folder).keys() == {1}
+    (drawn.folder / REGISTER / AGAIN).unlink()  # one that began before there was any
+    (row,) = write_board(drawn.folder)
+    assert row["robustness"].keys() == {"seeds", "margin"}
+
+
+def test_a_refuted_claim_is_run_again_and_one_that_holds_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    at_home(monkeypatch)
+    arms = '[arms.one]\nfields = {{method = "lora", rank = {rank}, learning_rate = 1e-3, max_steps = 1}}\n'
+    shared = {"model": tiny_bert_folder, "data": noise_file, "seeds": 2, "margin": 1.0}
+    reading = 'name = "number"\nnumber = "parameters"\nof = ["one"]'
+    changes = {**shared, "reading": reading, "more": 'robustness = ["other seeds"]'}
+    files = [
+        str(claim_file(tmp_path, number=number, direction=direction, arms=arms.format(rank=rank), **changes))
+        for number, direction, rank in ((70, "above", 2), (71, "below", 4))
+    ]
+    outcome = loralab.study("claims", asked=StudyOptions(values=tuple(files)), output_dir=tmp_path / "out")
+    found = {row["claim"]: (row["verdict"], row["robustness"]) for row in outcome.board or ()}
+    assert found == {70: ("holds", {}), 71: ("refuted", {"other seeds": "refuted"})}
+    assert {one.seed for one in observations.read(tmp_path / "out") if one.again} == {10, 11}
+
+
+def test_a_budget_that_is_spent_begins_no_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert_folder: Path, noise_file: Path
+) -> None:
+    at_home(monkeypatch)
+    file = claim_file(tmp_path, **EXACT | {"model": tiny_bert_folder, "data": noise_file, "number": 72})
+    asked, folder = StudyOptions(values=(str(file),)), tmp_path / "out"
+    outcome = loralab.study("claims", asked=asked, output_dir=folder, budget="0.001s")
+    assert (outcome.board, outcome.skipped.keys()) == ([], {"claim-72"})
+    assert registered(folder) == {}
+    assert [
+        row["claim"] for row in loralab.study("claims", asked=asked, output_dir=folder, resume=True).board or ()
+    ] == [72]
+
+
+def test_what_has_no_file_is_named_with_its_reason(drawn: Drawn) -> None:
+    rows = write_board(drawn.folder)
+    untested = read_toml(FOLDER / board.UNTESTED)["claim"]
+    assert untested
+    for one in untested:
+        assert one.keys() == {"title", "source", "there", "why"}
+        assert f"| {one['title']} | {one['source']} | {one['there']} | {one['why']} |" in board.page(rows)
+    assert not {one["title"] for one in untested} & {read(file).title for file in packaged().values()}

@@ -7,7 +7,7 @@ import pytest
 from studies.claims.planted import ARMS, ROWS, claim_file
 
 from loralab.errors import ConfigError
-from loralab.studies.claims.form import MEASURES, MOST_MINUTES, chosen, packaged, read
+from loralab.studies.claims.form import MEASURES, MOST_MINUTES, chosen, packaged, read, repetitions
 from loralab.studies.claims.plan import arms_of, setup_of
 from loralab.studies.search import walk
 from loralab.studies.study import Record, Trial
@@ -56,6 +56,13 @@ def test_at_least_twelve_claims_come_along_and_share_runs() -> None:
         ({"more": "robustness = ['seed']"}, "invalid_choice", "robustness"),
         ({"reading": ROWS.replace("two", "tow")}, "no_arm", "reading"),
         ({"reading": 'name = "rows"\nof = ["one"]'}, "missing", "to"),
+        ({"reading": ROWS + '\nbeside = "validation"'}, "no_effect", "to"),
+        ({"reading": 'name = "number"\nscale = "percent"\nof = ["one"]'}, "no_effect", "scale"),
+        ({"reading": 'name = "interaction"\nof = ["one"]\nto = ["two"]'}, "wrong_value", "to"),
+        ({"reading": 'name = "rank_correlation"\nof = ["one"]\nto = ["two"]'}, "wrong_value", "where"),
+        ({"reading": 'name = "variance"\nof = ["one"]'}, "missing", "where"),
+        ({"more": "digest = '0'"}, "no_effect", "digest"),
+        ({"more": "again = 'other data'"}, "no_effect", "again"),
         ({"reading": 'name = "row"\nof = ["one"]'}, "invalid_choice", "reading.name"),
         ({"reading": 'of = ["one"]'}, "missing", "name"),
         ({"arms": ""}, "missing", "arms"),
@@ -71,7 +78,30 @@ def test_a_bad_claim_is_refused(tmp_path: Path, changes: dict[str, str], code: s
 
 
 def test_a_number_that_is_not_there_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean 42") as refused:
+    with pytest.raises(ConfigError, match=f"did you mean {max(PACKAGED)}") as refused:
         chosen(["350"])
     assert refused.value.code == "no_claim"
     assert [file.stem for file in chosen(["12", "5", "12"])] == ["12", "5"]
+
+
+def test_repetitions_change_seeds_or_data_and_nothing_else(tmp_path: Path) -> None:
+    claim = read(claim_file(tmp_path, data="movie-reviews"))
+    seeds, data = repetitions(claim)
+    assert (seeds.again, seeds.data) == ("other seeds", claim.data)
+    assert seeds.first_seed >= claim.seeds
+    assert (data.again, data.first_seed) == ("other data", claim.first_seed)
+    assert data.data != claim.data
+    assert len({one.study for one in (claim, seeds, data)}) == 3
+    assert {(one.margin, one.threshold, one.digest) for one in (claim, seeds, data)} == {(5.0, 0.0, claim.digest)}
+    assert [one.again for one in repetitions(read(claim_file(tmp_path)))] == ["other seeds"]
+    alone = read(claim_file(tmp_path, more='robustness = ["margin"]'))
+    exact = read(claim_file(tmp_path, data="movie-reviews", more="exact = true"))
+    assert repetitions(alone) == repetitions(exact) == []
+
+
+def test_tasks_of_its_own_are_no_other_data() -> None:
+    """What names its data among the options of an arm does not move with the data of the claim."""
+    for number, file in PACKAGED.items():
+        claim = read(file)
+        if any("tasks" in arm.options for arm in claim.arms.values()):
+            assert [one.again for one in repetitions(claim)] == ["other seeds"], number

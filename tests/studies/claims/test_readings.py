@@ -12,7 +12,7 @@ from studies.claims.planted import Drawn, claim_file, right
 from loralab.studies.claims.conduct import observations_of
 from loralab.studies.claims.readings import estimate
 from loralab.studies.claims.verdict import Estimate, decide
-from loralab.studies.study import DIVERGED, Trial
+from loralab.studies.study import DIVERGED, FAILED, Trial
 
 Made = Callable[[Trial], dict[str, Any]]
 SWEEPS = "\n".join(
@@ -135,3 +135,84 @@ def test_an_exact_number_needs_no_interval(tmp_path: Path) -> None:
     found, own = read_of(tmp_path, made, **changes)
     assert own == "refuted"
     assert (found.value, found.low, found.high, found.error) == (3.0, 3.0, 3.0, 0.0)
+
+
+def test_items_of_one_run_stand_beside_each_other(tmp_path: Path) -> None:
+    def made(trial: Trial) -> dict[str, Any]:
+        draw = np.random.default_rng(trial.seed)
+        whole = (draw.random(200) < 0.8).astype(float)
+        cut = whole * (draw.random(200) < 0.9)
+        return {"items": {"score": whole.tolist(), "cut 2": cut.tolist()}, "numbers": {"validation_loss": 1.0}}
+
+    reading = 'name = "rows"\nnumber = "cut 2"\nbeside = "score"\nscale = "points"\nof = ["one"]'
+    found, own = read_of(tmp_path, made, reading=reading, direction="below", margin=2.0)
+    assert own == "holds"
+    assert abs(found.value + 8) < 3
+
+
+@pytest.mark.parametrize(("penalty", "verdict"), [(0.3, "holds"), (0.0, "refuted")])
+def test_an_interaction_is_a_difference_of_differences(tmp_path: Path, penalty: float, verdict: str) -> None:
+    means = {"a large": 1.4 + penalty, "a small": 1.1, "b large": 0.9, "b small": 0.6}
+    arms = "\n".join(
+        f'[arms."{name}"]\nfields = {{method = "lora", rank = {rank}, learning_rate = 1e-3}}'
+        for rank, name in enumerate(means, 1)
+    )
+
+    def made(trial: Trial) -> dict[str, Any]:
+        rows = means[trial.arm.name] + 0.02 * np.random.default_rng(trial.seed).standard_normal(40)
+        return {"items": {"loss": (-rows).tolist()}, "numbers": {"validation_loss": 1.0}}
+
+    reading = 'name = "interaction"\nnumber = "loss"\nof = ["a large", "a small"]\nto = ["b large", "b small"]'
+    found, own = read_of(tmp_path, made, reading=reading, arms=arms, direction="below", margin=0.1)
+    assert own == verdict
+    assert abs(found.value + penalty) < 1e-6
+
+
+@pytest.mark.parametrize(("sign", "verdict"), [(-1, "holds"), (1, "refuted")])
+def test_the_order_of_arms_beside_what_was_said_of_their_types(tmp_path: Path, sign: int, verdict: str) -> None:
+    kinds = ["k", "q", "v", "o"]
+    arms = "\n".join(
+        f'[arms.{name}]\nfields = {{method = "lora", rank = {rank}, learning_rate = 1e-3}}'
+        for rank, name in enumerate(kinds, 1)
+    )
+
+    def made(trial: Trial) -> dict[str, Any]:
+        if trial.arm.name == "scores":
+            return {"tables": {"types": [{"type": f"self.{k}", "nfn": 1.0 + n} for n, k in enumerate(kinds)]}}
+        noise = 0.1 * np.random.default_rng(trial.seed).standard_normal()
+        return {"numbers": {"score": sign * kinds.index(trial.arm.name) + noise, "validation_loss": 1.0}}
+
+    where = ", ".join(f'{k} = "self.{k}"' for k in kinds)
+    reading = 'name = "rank_correlation"\nnumber = "score"\ntable = "types"\nbeside = "nfn"\n'
+    reading += f'of = ["k", "q", "v", "o"]\nto = ["scores"]\nwhere = {{{where}}}'
+    changes = {"reading": reading, "arms": arms + '\n[arms.scores]\nmeasure = "modules"\n', "margin": 0.5}
+    found, own = read_of(tmp_path, made, direction="below", **changes)
+    assert (found.value, own) == (float(sign), verdict)
+
+
+def test_a_run_that_failed_is_no_loss_of_its_setting(tmp_path: Path) -> None:
+    def made(trial: Trial) -> dict[str, Any]:
+        rate = trial.arm.fields["learning_rate"]
+        return {"status": FAILED} if rate == 1e-2 else {"numbers": {"validation_loss": 1 + rate}}
+
+    reading = 'name = "variance"\nof = ["r=1", "r=4", "r=16"]\nwhere = {ours = "learning_rate", theirs = ["rank"]}'
+    found, own = read_of(tmp_path, made, reading=reading, arms=SWEEPS, margin=0.1)
+    assert (own, math.isnan(found.value)) == ("undecided", True)
+
+
+@pytest.mark.parametrize(("of_rate", "of_rank", "verdict"), [(1.0, 0.2, "holds"), (0.2, 1.0, "refuted")])
+def test_shares_of_variance(tmp_path: Path, of_rate: float, of_rank: float, verdict: str) -> None:
+    """A run that was lost has the worst loss of its seed, so that it does not leave the grid."""
+
+    def made(trial: Trial) -> dict[str, Any]:
+        fields = trial.arm.fields
+        if fields["learning_rate"] == 1e-2 and fields["rank"] == 16:
+            return {"status": DIVERGED}
+        noise = 0.01 * np.random.default_rng(trial.seed).standard_normal()
+        high = math.log10(fields["learning_rate"]) + 4
+        return {"numbers": {"validation_loss": 3 + of_rate * high + of_rank * (fields["rank"] == 16) + noise}}
+
+    reading = 'name = "variance"\nof = ["r=1", "r=4", "r=16"]\nwhere = {ours = "learning_rate", theirs = ["rank"]}'
+    found, own = read_of(tmp_path, made, reading=reading, arms=SWEEPS, margin=0.1)
+    assert own == verdict
+    assert -1 < found.value < 1

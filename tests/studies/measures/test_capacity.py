@@ -36,6 +36,19 @@ def test_a_trained_adapter_holds_some_of_what_it_has_seen(flat_llama_folder: Pat
     assert 0.2 * numbers["random_tokens"] < numbers["bits"] < 2 * numbers["random_tokens"]
 
 
+def test_strings_are_drawn_for_a_run_that_brings_none(flat_llama_folder: Path, tmp_path: Path) -> None:
+    general = tmp_path / "general.jsonl"
+    general.write_text('{"text": "a good film"}\n{"text": "a poor film"}\n', encoding="utf-8")
+    options = {"alphabet": [" good", " bad", " fine", " poor"], "strings": 30, "length": 6}
+    setup = setup_of("grid", flat_llama_folder, general, fields={"max_steps": 2}, general=str(general))
+    arm = Arm(name="r=8", fields={"method": "lora", "learning_rate": 1e-3}, options=options)
+    record = measured(Trial(measure=MEASURE_CAPACITY, setup=setup, arm=arm, seed=3), tmp_path, lambda event: None)
+    assert record.status == DONE, record.reason
+    drawn = (tmp_path / "strings.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in drawn] == random_rows(options["alphabet"], 30, 6, seed=3)
+    assert record.numbers["alphabet"] == 4
+
+
 @pytest.mark.parametrize(("tokens", "alphabet"), [(0, 2), (5, 1)])
 def test_what_holds_no_bits_is_refused(tokens: int, alphabet: int) -> None:
     with pytest.raises(ConfigError) as error:

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from studies.conftest import setup_of
 from tiny import fill, llama
 from torch import Tensor
 
 from loralab.adapters.attach import attach
 from loralab.adapters.methods import LoRA
 from loralab.errors import AdapterFileError
-from loralab.studies.measures.universal import Factors, explained, of_folders
+from loralab.studies.measures.universal import Factors, explained, measure, of_folders
+from loralab.studies.study import Arm, Trial
 
 OUTPUTS, INPUTS, RANK = 12, 20, 3
 
@@ -72,3 +74,21 @@ def test_adapters_in_folders(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError) as error:
         of_folders(folders[:2], 2)
     assert error.value.code == "few_adapters"
+
+
+def test_adapters_of_tasks_begin_apart_and_share_no_inputs(
+    tiny_bert_folder: Path, noise_file: Path, tmp_path: Path
+) -> None:
+    """At a rate of nothing B stays what it was, and what A listens to is what was drawn for it."""
+    setup = setup_of("claim-27", tiny_bert_folder, noise_file, fields={"max_steps": 2, "batch_size": 4})
+    arm = Arm(
+        name="one",
+        fields={"method": "lora", "rank": 2, "learning_rate": 1e-6},
+        options={"tasks": [str(noise_file)] * 3, "k": 2},
+    )
+    found = measure(Trial(measure="m", setup=setup, arm=arm, seed=1), tmp_path / "own", lambda event: None)
+    rows = found.tables["explained"]
+    assert [row["adapter"] for row in rows] == [str(noise_file)] * 3
+    assert all(row["input"] < 0.7 for row in rows)
+    assert len({row["output"] for row in rows}) == 3
+    assert not list((tmp_path / "own").glob("task-*"))

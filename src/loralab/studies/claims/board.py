@@ -10,12 +10,14 @@ from typing import Any
 from loralab import atomic
 from loralab.errors import OutputError
 from loralab.studies.claims import observations
-from loralab.studies.claims.form import ABOVE, BELOW, BY_MARGIN, BY_SEED, WITHIN, Claim
+from loralab.studies.claims.form import ABOVE, BELOW, BY_MARGIN, BY_SEED, FOLDER, OTHER_DATA, OTHER_SEEDS, WITHIN, Claim
 from loralab.studies.claims.observations import Observation
 from loralab.studies.claims.readings import estimate
 from loralab.studies.claims.verdict import Verdict, decide, power
+from loralab.values import read_toml
 
 FILE, PAGE = "board.json", "README.md"
+UNTESTED = "untested.toml"  # what has no file of its own, and why
 COLUMNS = ("claim", "source", "there", "here", "verdict", "power", "minutes")
 Row = Mapping[str, Any]
 
@@ -23,9 +25,14 @@ Row = Mapping[str, Any]
 def row_of(claim: Claim, found: Sequence[Observation]) -> dict[str, Any]:
     """Return a claim's row of the board.
 
+    Args:
+        found: its runs, and those of its repetitions.
+
     Raises:
         ValueError: it has no runs.
     """
+    again = [run for run in found if run.again]
+    found = [run for run in found if not run.again]
     if not found:
         raise ValueError(f"claim {claim.claim} has no runs")
     own = estimate(claim, found)
@@ -43,6 +50,7 @@ def row_of(claim: Claim, found: Sequence[Observation]) -> dict[str, Any]:
         "rule": rule(claim),
         "power": _number(power(own, claim.direction, claim.margin)),
         "minutes": _number(math.fsum(run.seconds for run in found) / 60),
+        "registered": claim.minutes,
         "model": claim.model,
         "data": claim.data,
         "runs": len(found),
@@ -50,7 +58,7 @@ def row_of(claim: Claim, found: Sequence[Observation]) -> dict[str, Any]:
         "note": claim.note,
         "lost": sum(run.status != "done" for run in found),
         "at_edge": own.at_edge or any(run.edge for run in found),
-        "robustness": _robustness(claim, found, verdict),
+        "robustness": {**_robustness(claim, found, verdict), **_repeated(claim, again)},
         "digest": claim.digest,
     }
 
@@ -70,6 +78,12 @@ def _robustness(claim: Claim, found: Sequence[Observation], verdict: Verdict) ->
         factor = 2.0 if (claim.direction == WITHIN) == (verdict == "refuted") else 0.5
         checks[BY_MARGIN] = _verdict(replace(claim, margin=factor * claim.margin), found)
     return checks
+
+
+def _repeated(claim: Claim, again: Sequence[Observation]) -> dict[str, str]:
+    """Return the verdicts of the claim's other seeds and other data, of those that have run."""
+    runs = {check: [run for run in again if run.again == check] for check in (OTHER_SEEDS, OTHER_DATA)}
+    return {check: _verdict(claim, own) for check, own in runs.items() if own}
 
 
 def _verdict(claim: Claim, found: Sequence[Observation]) -> Verdict:
@@ -127,7 +141,17 @@ def page(rows: Sequence[Row]) -> str:
         cells["verdict"] = f"**{row['verdict']}**"
         lines.append("| " + " | ".join(cells[name].replace("|", "\\|") for name in COLUMNS) + " |")
     lines += ["", "## Rules, models and checks", ""]
-    return "\n".join([*lines, *(f"- {_detail(row)}" for row in rows)]) + "\n"
+    lines += [*(f"- {_detail(row)}" for row in rows), *_untested(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _untested(rows: Sequence[Row]) -> list[str]:
+    """Return the table of the claims that have no file, and why; none where all of them are on the board."""
+    known = read_toml(FOLDER / UNTESTED)["claim"]
+    if not rows or not known:
+        return []
+    lines = ["", "## Not tested at this size", "", "| claim | source | there | why not |", "|---|---|---|---|"]
+    return lines + [f"| {one['title']} | {one['source']} | {one['there']} | {one['why']} |" for one in known]
 
 
 def cells_of(row: Row) -> dict[str, str]:
@@ -139,7 +163,7 @@ def cells_of(row: Row) -> dict[str, str]:
         "here": _span(row),
         "verdict": str(row["verdict"]),
         "power": f"{row['power']:.0%}",
-        "minutes": f"{row['minutes']:.1f}",
+        "minutes": f"{row['minutes']:.1f}" + (f" of {row['registered']:g}" if "registered" in row else ""),
     }
 
 
@@ -156,10 +180,13 @@ def _detail(row: Row) -> str:
     text = f"**{row['claim']}**: {row['rule']} ({row['unit']}); {row['model']} on {row['data']}, "
     text += f"{row['runs']} runs, seeds: {row['seeds']}"
     text += f", lost: {row['lost']}" if row["lost"] else ""
+    text += "; took longer than registered" if row["minutes"] > row.get("registered", math.inf) else ""
     text += "; a best rate lies at the edge of what was tried" if row["at_edge"] else ""
     if row["verdict"] != "undecided" and row["robustness"]:
-        names = {"seeds": "without any one seed", "margin": "at a stricter margin"}
-        text += "; " + ", ".join(f"{names[check]}: {verdict}" for check, verdict in row["robustness"].items())
+        names = {BY_SEED: "without any one seed", BY_MARGIN: "at a stricter margin"}
+        text += "; " + ", ".join(
+            f"{names.get(check, f'with {check}')}: {verdict}" for check, verdict in row["robustness"].items()
+        )
     return f"{text}; {row['note']}" if row["note"] else text
 
 
@@ -182,4 +209,6 @@ that changed after its run is refused. `loralab study claims` runs them, `lorala
 direction, "holds" is an interval beyond the threshold, "refuted" one that stays below threshold and margin
 together. Of a claim of equality, "holds" is an interval within the margin, "refuted" one outside of it. Power
 is the chance that this design, with the noise that it has met, decides an effect as large as the margin.
+Minutes are those of all runs that a claim needs, also where another claim has made them, of those that were registered.
+A claim that was refuted is run again with other seeds and on other data.
 """

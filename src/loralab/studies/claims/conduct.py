@@ -8,7 +8,7 @@ from loralab import atomic
 from loralab.errors import ConfigError, LoralabError
 from loralab.studies import conduct, store
 from loralab.studies.claims import board
-from loralab.studies.claims.form import NAME, Claim, chosen, read
+from loralab.studies.claims.form import AGAIN, FOLDER, NAME, Claim, chosen, read, repetitions
 from loralab.studies.claims.observations import Observation, observed
 from loralab.studies.claims.plan import arms_of, setup_of
 from loralab.studies.cluster import open_cluster
@@ -50,14 +50,28 @@ def decide_claims(
     with open_cluster(ray) as away, session(folder, seconds, listener, away) as own:
         skipped, rows = _unable(own, claims), write_board(folder)
         for claim, file in zip(claims, files, strict=True):
-            if claim.study not in skipped:
+            if claim.study not in skipped and own.pace.seconds_left > 0:
                 register(folder, claim, file)
                 own.run(setup_of(claim), arms_of(claim))
                 rows = write_board(folder)
-    decided = {row["claim"] for row in rows}
-    unfinished = [claim.study for claim in claims if claim.claim not in decided and claim.study not in skipped]
+        if (again := _to_repeat(folder, rows, claims)) and own.pace.seconds_left > 0:
+            skipped |= _unable(own, again)
+            for claim in again:
+                if claim.study not in skipped:
+                    own.run(setup_of(claim), arms_of(claim))
+                    rows = write_board(folder)
+    done = {row["claim"]: row["robustness"] for row in rows}
+    due = [*claims, *_to_repeat(folder, rows, claims)]
+    missing = [one for one in due if one.claim not in done or (one.again and one.again not in done[one.claim])]
+    unfinished = [one.study for one in missing if one.study not in skipped]
     left = dict.fromkeys(unfinished, "runs are missing; go on with --resume")
     return conduct.Outcome(folder=folder, answers={}, skipped={**skipped, **left}, board=rows)
+
+
+def _to_repeat(folder: Path, rows: Sequence[board.Row], claims: Sequence[Claim]) -> list[Claim]:
+    """Return what checks those of the claims that were refuted."""
+    refuted = {row["claim"] for row in rows if row["verdict"] == "refuted"}
+    return [one for claim in claims if claim.claim in refuted for one in repetitions(claim, folder / REGISTER / AGAIN)]
 
 
 def _unable(own: Session, claims: Sequence[Claim]) -> dict[str, str]:
@@ -72,7 +86,7 @@ def _unable(own: Session, claims: Sequence[Claim]) -> dict[str, str]:
         try:
             own.prepare(setup, arms_of(claim))
         except LoralabError as error:
-            if len(claims) == 1:
+            if len(claims) == 1 and not claim.again:
                 raise
             skipped[claim.study] = str(error)
             own.skip(setup, str(error))
@@ -124,19 +138,20 @@ def require_same(folder: Path, claim: Claim) -> None:
 
 def registered(folder: Path) -> dict[int, Claim]:
     """Return the claims that have begun in a folder, by number, as they were then."""
-    found = [read(file) for file in (folder / REGISTER).glob("*.toml")]
+    found = [read(file) for file in (folder / REGISTER).glob("[0-9]*.toml")]
     return {claim.claim: claim for claim in sorted(found, key=lambda claim: claim.claim)}
 
 
 def register(folder: Path, claim: Claim, file: Path) -> None:
-    """Keep the file of a claim before its first run.
+    """Keep the file of a claim before its first run, and how it is run again where it is refuted.
 
     Raises:
         ConfigError: it changed since it was read.
     """
-    copy = folder / REGISTER / f"{claim.claim}.toml"
-    if not copy.is_file():
-        atomic.write_file(copy, read_bytes(file, ConfigError))
+    place = folder / REGISTER
+    for copy, source in ((place / f"{claim.claim}.toml", file), (place / AGAIN, FOLDER / AGAIN)):
+        if not copy.is_file():
+            atomic.write_file(copy, read_bytes(source, ConfigError))
     require_same(folder, claim)
 
 
@@ -146,6 +161,8 @@ def write_board(folder: Path) -> list[board.Row]:
     every: list[Observation] = []
     for claim in registered(folder).values():
         if found := observations_of(folder, claim):
+            checks = repetitions(claim, folder / REGISTER / AGAIN) if (folder / REGISTER / AGAIN).is_file() else []
+            found += [one for check in checks for one in observations_of(folder, check)]
             rows.append(board.row_of(claim, found))
             every += found
     board.write(folder, rows, every)

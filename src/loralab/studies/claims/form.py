@@ -11,7 +11,7 @@ with its 95 % interval [low, high] decides, "refuted" being asked first:
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,14 @@ from loralab.values import build_config, check_choice, check_count, read_bytes, 
 NAME = "claims"  # of the study that decides them
 FOLDER = Path(__file__).parent
 DIRECTIONS = ABOVE, BELOW, WITHIN = "above", "below", "within"
-READINGS = ROWS, NUMBER, BEST_RATE, EQUAL_LOSS = "rows", "number", "best_rate", "equal_loss"
+READINGS = ROWS, NUMBER, BEST_RATE, EQUAL_LOSS, INTERACTION, CORRELATION, VARIANCE = (
+    *("rows", "number", "best_rate", "equal_loss"),
+    *("interaction", "rank_correlation", "variance"),
+)
 SCALES = PLAIN, POINTS, PERCENT, LOG10 = "plain", "points", "percent", "log10"
-CHECKS = BY_SEED, BY_MARGIN = "seeds", "margin"
+CHECKS = BY_SEED, BY_MARGIN, OTHER_SEEDS, OTHER_DATA = "seeds", "margin", "other seeds", "other data"
+AGAIN = "again.toml"  # which other seeds and which other data a claim that was refuted is run on
+DERIVED = ("digest", "again")  # fields of a claim that do not stand in its file
 MEASURES = {
     "trained": "loralab.studies.claims.trained:measure",
     "base": "loralab.studies.trained:untrained",
@@ -35,6 +40,12 @@ MEASURES = {
     "sharpness": "loralab.studies.measures.sharpness:measure",
     "modules": "loralab.studies.measures.module_scores:measure",
     "merging": "loralab.studies.measures.merging:measure",
+    "merged": "loralab.studies.measures.merging:measure",
+    "dimension": "loralab.studies.measures.dimension:measure",
+    "universal": "loralab.studies.measures.universal:measure",
+    "sequence": "loralab.studies.measures.sequence:measure",
+    "latency": "loralab.studies.claims.timed:passes",
+    "throughput": "loralab.studies.claims.timed:batches",
     "budget": "loralab.studies.measures.shrinking:measure",
     "start": "loralab.studies.claims.exact:start",
     "count": "loralab.studies.claims.exact:count",
@@ -73,13 +84,19 @@ class Reading:
         name: "rows" compares arms by test row (larger is better: losses count negated); "number" reads
             a number of each run; "best_rate" the log10 of the best learning rate of a sweep, from a
             parabola through its lowest validation losses; "equal_loss" what is left elsewhere of the
-            first arm less the second, where both have learnt as much.
+            first arm less the second, where both have learnt as much. "interaction" is by how much the
+            first of `of` is better than the first of `to`, less the same of the second ones, by test row.
+            "rank_correlation" is Spearman's of a number of the arms `of` with the column `beside` of the
+            table of the arm `to`, whose rows are the types that `where` names for each arm. "variance" is
+            the share of the validation loss's variance that the field where.ours accounts for, less the
+            largest of those where.theirs; a lost run has the worst loss of its seed.
         of, to: arms; every pair of one of `of` with one of `to`, and the weakest of them counts: a
             claim of several pairs holds only where each does. Without `to`, each of `of` alone.
         number: of a record: an item by row, or a number; a column where there is a `table`.
         where: the rows of the table that count, of which the median is taken. With "equal_loss", the
             names of the two runs among the options of the arm, under "ours" and "theirs".
-        beside: a number or column that is taken off, such as a chance level; with log10 it divides.
+        beside: a number or column that is taken off, such as a chance level; with log10 it divides. Of
+            rows without `to`: the item of the same run that is taken off.
         over: a field of the arms; the slope of the value on the log10 of it is what counts.
         scale: plain, points (of a hundred), percent (of the mean of `to`), log10.
     """
@@ -104,10 +121,18 @@ class Reading:
             raise ConfigError("a reading names at least one arm", code="missing", field="of")
         if self.over and (self.to or len(self.of) < 2):
             raise ConfigError("a slope is of two arms or more, and beside none", code="wrong_value", field="over")
-        if self.name == EQUAL_LOSS and self.where.keys() != {"ours", "theirs"}:
-            raise ConfigError("equal_loss reads where.ours and where.theirs", code="missing", field="where")
-        if self.name == ROWS and not self.to:
-            raise ConfigError("rows are compared with those of another arm", code="missing", field="to")
+        if self.name in (EQUAL_LOSS, VARIANCE) and self.where.keys() != {"ours", "theirs"}:
+            raise ConfigError(f"{self.name} reads where.ours and where.theirs", code="missing", field="where")
+        if self.name == ROWS and bool(self.to) == bool(self.beside):
+            message = "rows are compared with those of another arm, `to`, or with other ones of the same run, `beside`"
+            raise ConfigError(message, code="missing" if not self.to else "no_effect", field="to")
+        if self.scale == PERCENT and not (self.name == ROWS and self.to):
+            raise ConfigError("percent is of rows beside those of another arm", code="no_effect", field="scale")
+        if self.name == INTERACTION and not len(self.of) == len(self.to) == 2:
+            raise ConfigError("an interaction is of two arms and two others", code="wrong_value", field="to")
+        if self.name == CORRELATION and (len(self.to) != 1 or self.where.keys() != set(self.of) or not self.beside):
+            message = "rank_correlation reads `beside` of one arm `to`, and where names a type for each of `of`"
+            raise ConfigError(message, code="wrong_value", field="where")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +148,10 @@ class Claim:
         rates: multiples of the usual rate that a search begins with; none is that of every study.
         minutes: what all its runs take at most, on two cores that do nothing else.
         robustness: the checks that stand beside the verdict: "seeds" leaves each seed out, "margin"
-            takes twice or half the margin, whichever makes the same verdict harder to reach.
+            takes twice or half the margin, whichever makes the same verdict harder to reach; "other seeds"
+            and "other data" run a claim that was refuted again (again.toml).
         digest: of the file; what ran under another one is not gone on with.
+        again: the check that these runs are of, "other seeds" or "other data"; empty is the claim itself.
     """
 
     claim: int
@@ -149,6 +176,7 @@ class Claim:
     robustness: tuple[str, ...] = CHECKS
     note: str = ""
     digest: str = ""
+    again: str = ""
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -170,7 +198,7 @@ class Claim:
     @property
     def study(self) -> str:
         """Return the name under which a folder keeps its setup and arms."""
-        return f"claim-{self.claim}"
+        return f"claim-{self.claim}" + (f", {self.again}" if self.again else "")
 
 
 def read(file: Path) -> Claim:
@@ -180,14 +208,39 @@ def read(file: Path) -> Claim:
         ConfigError: it cannot be read, lacks a key, or has one that nothing knows.
     """
     content = read_toml(file)
+    for name in DERIVED:
+        if name in content:
+            message = f"{file}: {name} follows from the file, and does not stand in it"
+            raise ConfigError(message, code="no_effect", field=name)
     arms = content.get("arms")
     if not isinstance(arms, Mapping) or not arms:
         raise ConfigError(f"{file} needs a table arms, with one table for each arm", code="missing", field="arms")
     built: dict[str, Any] = {name: _built(Entry, own, f"{file}: arms.{name}") for name, own in arms.items()}
     reading = _built(Reading, content.get("reading"), f"{file}: reading")
-    digest = hashlib.sha256(read_bytes(file, ConfigError)).hexdigest()[:16]
-    found: Claim = _built(Claim, {**content, "arms": built, "reading": reading, "digest": digest}, str(file))
+    found: Claim = _built(Claim, {**content, "arms": built, "reading": reading, "digest": _digest(file)}, str(file))
     return found
+
+
+def repetitions(claim: Claim, file: Path = FOLDER / AGAIN) -> list[Claim]:
+    """Return the claim as it is run again once it is refuted: with other seeds, and on other data if there are some.
+
+    Args:
+        file: which those are: {"seeds_apart": count, "data": {name: another}}.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    content = read_toml(file)
+    found: list[Claim] = []
+    if OTHER_SEEDS in claim.robustness and not claim.exact:
+        found.append(replace(claim, again=OTHER_SEEDS, first_seed=claim.first_seed + int(content["seeds_apart"])))
+    if OTHER_DATA in claim.robustness and not claim.exact and claim.data in content["data"]:
+        found.append(replace(claim, again=OTHER_DATA, data=content["data"][claim.data]))
+    return found
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(read_bytes(file, ConfigError)).hexdigest()[:16]
 
 
 def _built(kind: Any, values: Any, where: str) -> Any:
@@ -209,7 +262,7 @@ def _built(kind: Any, values: Any, where: str) -> Any:
 
 def packaged() -> dict[int, Path]:
     """Return the files of the claims that come along, by number."""
-    return dict(sorted((int(file.stem), file) for file in FOLDER.glob("*.toml")))
+    return dict(sorted((int(file.stem), file) for file in FOLDER.glob("[0-9]*.toml")))
 
 
 def chosen(asked: Iterable[str]) -> list[Path]:

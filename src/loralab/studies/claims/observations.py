@@ -11,7 +11,7 @@ import numpy as np
 
 from loralab import atomic
 from loralab.errors import OutputError
-from loralab.studies.claims.form import EQUAL_LOSS, LOG10, ROWS, Claim, Reading
+from loralab.studies.claims.form import CORRELATION, EQUAL_LOSS, INTERACTION, LOG10, ROWS, Claim, Reading
 from loralab.studies.claims.plan import sweep_of
 from loralab.studies.evidence import mean_of
 from loralab.studies.readings.forgetting import lowest_shared, rows_at
@@ -26,7 +26,7 @@ class Observation:
 
     `loss` is the validation loss, by which the best rate of a sweep is chosen. `values` is one number, or
     one for each test row; none where the run has no such thing. All are fp32, as the file holds them. `edge` is
-    whether the search for its rate ended at the edge of what was tried.
+    whether the search for its rate ended at the edge of what was tried; `again` the repetition of which it is.
     """
 
     claim: int
@@ -38,6 +38,7 @@ class Observation:
     loss: float
     edge: bool
     values: tuple[float, ...]
+    again: str = ""
 
 
 def observed(claim: Claim, records: Iterable[Record]) -> list[Observation]:
@@ -53,6 +54,7 @@ def observed(claim: Claim, records: Iterable[Record]) -> list[Observation]:
             loss=_single(_finite(mean_of([record], "validation_loss"))),
             edge=record.texts.get("rate") == EDGE,
             values=tuple(_single(value) for value in _read(record, claim.reading)),
+            again=claim.again,
         )
         for record in records
     ]
@@ -62,15 +64,35 @@ def _read(record: Record, reading: Reading) -> list[float]:
     """Return the values of a run; none where it has not got them."""
     if record.status != DONE:
         return []
-    if reading.name == ROWS:
-        return list(record.items.get(reading.number, ()))
+    if reading.name in (ROWS, INTERACTION):
+        return _items(record, reading)
     if reading.name == EQUAL_LOSS:
         return _at_equal_loss(record.tables.get("points", ()), reading)
+    if reading.name == CORRELATION:
+        return _of_types(record, reading)
     if not reading.table:
         return _less(record.numbers, reading)
     rows = [row for row in record.tables.get(reading.table, ()) if _counts(row, reading)]
     found = [value for row in rows for value in _less(row, reading)]
     return [float(np.median(found))] if found else []
+
+
+def _items(record: Record, reading: Reading) -> list[float]:
+    """Return an item of each test row, less another of the same run where there is one beside."""
+    found = list(record.items.get(reading.number, ()))
+    if reading.name != ROWS or not reading.beside:
+        return found
+    others = record.items.get(reading.beside, ())
+    return [value - other for value, other in zip(found, others, strict=True)] if len(others) == len(found) else []
+
+
+def _of_types(record: Record, reading: Reading) -> list[float]:
+    """Return an arm's number, or the scores of the types of all arms where it is the arm that has those."""
+    if record.arm.name not in reading.to:
+        return [float(record.numbers[reading.number])] if reading.number in record.numbers else []
+    scores = {row["type"]: float(row[reading.beside]) for row in record.tables.get(reading.table, ())}
+    wanted = [reading.where[name] for name in reading.of]
+    return [scores[kind] for kind in wanted] if scores.keys() >= set(wanted) else []
 
 
 def _counts(row: Mapping[str, Any], reading: Reading) -> bool:
@@ -126,6 +148,7 @@ def write(folder: Path, found: Sequence[Observation]) -> Path:
         "loss": single,
         "edge": pyarrow.bool_(),
         "values": pyarrow.list_(single),
+        "again": pyarrow.string(),
     }
     rows = [asdict(one) for one in found]
     table = pyarrow.table({name: pyarrow.array([row[name] for row in rows], kind) for name, kind in kinds.items()})

@@ -6,18 +6,31 @@ rows by seed and row. Rows use the noise over seeds of all arms that the reading
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
-from loralab.studies.claims.form import BEST_RATE, LOG10, PERCENT, POINTS, ROWS, Claim, Reading
+from loralab.studies.claims.form import (
+    BEST_RATE,
+    CORRELATION,
+    INTERACTION,
+    LOG10,
+    PERCENT,
+    POINTS,
+    ROWS,
+    VARIANCE,
+    Claim,
+    Reading,
+)
 from loralab.studies.claims.observations import Observation
 from loralab.studies.claims.plan import PLAIN
 from loralab.studies.claims.verdict import Estimate, weakest
 from loralab.studies.contrast import Contrast, Sample, rank_arms
 from loralab.studies.evidence import Metric
+from loralab.studies.measures.variance import variance_shares
 from loralab.studies.statistics import difference
-from loralab.studies.study import DONE
+from loralab.studies.study import DIVERGED, DONE
 
 Runs = Mapping[str, Sequence[Observation]]  # by arm
 BySeed = Mapping[int, Sequence[float]]  # one number, or one for each row
@@ -29,7 +42,9 @@ def estimate(claim: Claim, found: Sequence[Observation]) -> Estimate:
     reading = claim.reading
     named = dict.fromkeys((*reading.of, *reading.to))
     runs = {name: [one for one in found if one.arm == name] for name in named}
-    if reading.name == ROWS:
+    if reading.name in OF_DESIGNS:
+        return _difference(claim, OF_DESIGNS[reading.name](claim, runs), None, at_edge=False)
+    if reading.name == ROWS and reading.to:
         return _of_rows(claim, {name: _at_best_rate(own) for name, own in runs.items()})
     values, at_edge = _by_seed(reading, runs)
     if reading.over:
@@ -153,3 +168,56 @@ def _slope(claim: Claim, values: Mapping[str, BySeed], *, at_edge: bool) -> Esti
     seeds = sorted(set.intersection(*(set(values[name]) for name in reading.of)))
     lines = {seed: [float(np.mean(values[name][seed])) for name in reading.of] for seed in seeds}
     return _difference(claim, {seed: [float(np.polyfit(x, y, 1)[0])] for seed, y in lines.items()}, None, at_edge)
+
+
+def _interaction(claim: Claim, runs: Runs) -> BySeed:
+    """Return by how much the first of `of` is ahead of the first of `to`, less the same of the second ones."""
+    names = (*claim.reading.of, *claim.reading.to)
+    first, second, others, more = (
+        {run.seed: np.asarray(_scaled(run.values, claim.reading.scale)) for run in _at_best_rate(runs[name])}
+        for name in names
+    )
+    shared = sorted(first.keys() & second.keys() & others.keys() & more.keys())
+    return {seed: ((first[seed] - others[seed]) - (second[seed] - more[seed])).tolist() for seed in shared}
+
+
+def _rank_correlation(claim: Claim, runs: Runs) -> BySeed:
+    """Return Spearman's correlation of the arms' numbers with what one measured arm says of their types."""
+    reading = claim.reading
+    values = {name: {run.seed: run.values for run in _at_best_rate(runs[name])} for name in reading.of}
+    scores = [run.values for run in runs[reading.to[0]] if run.values]
+    shared = sorted(set.intersection(*(set(own) for own in values.values()))) if scores else []
+    return {
+        seed: [float(stats.spearmanr([values[name][seed][0] for name in reading.of], scores[0]).statistic)]
+        for seed in shared
+    }
+
+
+def _variance(claim: Claim, runs: Runs) -> BySeed:
+    """Return the share of a field less the largest share of the others, seed by seed.
+
+    A seed without a run that ended, with one that failed, or whose grid is not whole, has none.
+    """
+    own, others = str(claim.reading.where["ours"]), [str(name) for name in claim.reading.where["theirs"]]
+    every = [run for each in runs.values() for run in each]
+    seeds = {seed: [run for run in every if run.seed == seed] for seed in sorted({run.seed for run in every})}
+    whole = max(map(len, seeds.values()), default=0)
+    found: dict[int, list[float]] = {}
+    for seed, grid in seeds.items():
+        ended = [run.loss for run in grid if math.isfinite(_loss(run))]
+        ran = [run for run in grid if run.status in (DONE, DIVERGED)]
+        if len(ran) == whole and len(set(ended)) > 1:
+            rows = [
+                {**claim.arms[run.arm].fields, "learning_rate": run.rate, "loss": min(_loss(run), max(ended))}
+                for run in grid
+            ]
+            shares = variance_shares(rows, [own, *others], "loss")
+            found[seed] = [shares[own] - max(shares[name] for name in others)]
+    return found
+
+
+OF_DESIGNS: Mapping[str, Callable[[Claim, Runs], BySeed]] = {
+    INTERACTION: _interaction,
+    CORRELATION: _rank_correlation,
+    VARIANCE: _variance,
+}

@@ -4,12 +4,14 @@ Source: Morris et al. 2025, arXiv:2505.24832: of strings of tokens drawn uniform
 known but what was memorised, so it is their entropy less the bits that the model still needs.
 """
 
+import json
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from loralab import atomic
 from loralab.errors import ConfigError
 from loralab.studies.study import Record, Trial
 from loralab.studies.trained import Tell, score_on, scored, trained
@@ -22,8 +24,10 @@ MEASURE_CAPACITY = "loralab.studies.measures.capacity:measure"
 def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     """Train on random strings and score; then count the bits that the training rows' answers are known by.
 
-    The alphabet is what occurs in them, but for the end of text, which is not random.
+    The strings are those of the study's data, or drawn: {"alphabet": words, "strings": how many, "length": in
+    words} among the options. The alphabet is what occurs in them, but for the end of text, which is not random.
     """
+    trial = _on_drawn_rows(trial, folder) if "alphabet" in trial.arm.options else trial
     run = trained(trial, folder, tell)
     record, scores = scored(trial, run, folder), score_on(run, "train")
     tokenizer = run.base.tokenizer
@@ -35,6 +39,14 @@ def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
     bits = memorised_bits(nats, len(drawn), alphabet)
     numbers = {"bits": bits, "bits_per_parameter": bits / run.adapter.num_parameters, "alphabet": alphabet}
     return replace(record, numbers={**record.numbers, **numbers, "random_tokens": len(drawn)})
+
+
+def _on_drawn_rows(trial: Trial, folder: Path) -> Trial:
+    """Return the trial on strings that follow from its seed."""
+    options = trial.arm.options
+    rows = random_rows(options["alphabet"], int(options["strings"]), int(options["length"]), trial.seed)
+    file = atomic.write_file(folder / "strings.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    return replace(trial, setup=replace(trial.setup, data=str(file)))
 
 
 def memorised_bits(nats: float, tokens: int, alphabet: int) -> float:

@@ -20,8 +20,8 @@ REFERENCE = Arm(name="r=8", fields={"method": "lora", "rank": 8}, tuned=False, p
 
 
 def adapter_folder(trial: Trial, folder: Path, tell: Tell, arm: Arm = REFERENCE) -> Path:
-    """Return the folder of an arm's adapter, seed 0; where that arm left none, train it here."""
-    own = replace(trial, measure=MEASURE, arm=arm, seed=0)
+    """Return the folder of an arm's adapter, of the trial's seed; where that arm left none, train it here."""
+    own = replace(trial, measure=MEASURE, arm=arm)
     beside = folder.parent / own.digest / "run"
     if all((beside / name).is_file() for name in (TENSORS, RECORD)):
         return beside

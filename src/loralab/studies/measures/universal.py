@@ -9,17 +9,43 @@ update is formed. Axes: I in_features, O out_features, R rank, N adapters.
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from loralab import atomic
 from loralab.adapters.folder import read
 from loralab.adapters.spectrum import factors_of
 from loralab.errors import AdapterFileError
+from loralab.studies.measures.system import own_trial
+from loralab.studies.study import Record, Trial
+from loralab.studies.trained import Tell, trained
 
+MEASURE_UNIVERSAL = "loralab.studies.measures.universal:measure"
 Factors = tuple[Tensor, Tensor, float]  # A (R, I), B (O, R) and the scaling
+
+
+def measure(trial: Trial, folder: Path, tell: Tell) -> Record:
+    """Train an adapter for each task of the options, {"tasks": names, "k"}, and see how much of each the others explain.
+
+    Each has a seed of its own: adapters that begin with the same A share its directions whatever they learn.
+    """
+    tasks = [str(name) for name in trial.arm.options["tasks"]]
+    places = [folder / f"task-{number}" for number in range(len(tasks))]
+    try:
+        runs = [
+            trained(replace(own_trial(trial, name), seed=trial.seed * len(tasks) + number), place, tell)
+            for number, (name, place) in enumerate(zip(tasks, places, strict=True))
+        ]
+        rows = of_folders([run.output_dir for run in runs], int(trial.arm.options["k"]))
+    finally:
+        for place in places:
+            atomic.remove_folder(place)
+    named = [{**row, "adapter": name} for row, name in zip(rows, tasks, strict=True)]
+    return trial.record(tables={"explained": named})
 
 
 def of_folders(paths: Sequence[str | Path], k: int) -> list[dict[str, Any]]:
