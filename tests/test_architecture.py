@@ -14,7 +14,7 @@ import pytest
 from loralab.adapters.registry import built_in
 
 ROOT = Path(__file__).parents[1] / "src" / "loralab"
-BASE = {"errors", "atomic", "values", "plugins", "packages", "lanes"}
+BASE = {"errors", "atomic", "values", "plugins", "packages", "lanes", "progress"}
 LEAVES = BASE | {"native"}
 TOGETHER = {"cluster"}  # several machines
 MAY_IMPORT: dict[str, set[str]] = {
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugins": {"errors"},
     "packages": {"errors", "atomic"},
     "lanes": set(),
+    "progress": set(),
     "native": BASE,
     "cluster": {"errors"},
     "adapters": LEAVES,
@@ -53,6 +54,7 @@ TORCH_FREE = [
     "serving/http/keys.py",
     "atomic.py",
     "values.py",
+    "progress.py",
     "plugins.py",
     "packages.py",
     "models/catalog.py",
