@@ -33,7 +33,8 @@ SCHEMES = ("light", "dark")
 SIZE = {"width": 1280, "height": 800}
 TRAIN = "train --model smollm2-135m --data movie-reviews --output-dir adapters/reviews --max-steps 4 --batch-size 8"
 STUDY = (
-    "study rank --quick --model minilm-l6 --data movie-reviews --values 1,4,16 --steps 60 --fixed-lr --output-dir rank"
+    "study rank --quick --model minilm-l6 --data movie-reviews --output-dir rank --values 2,8,32 --steps 30 --fixed-lr "
+    "--batch-size 8 --max-length 64 --test-rows 100"
 )
 REVIEW = "Is this film review positive or negative? Answer with one word. A slow start, then a wonderful second half."
 RECORDED = (
