@@ -4,6 +4,7 @@ Each part runs in a process of its own with a time limit, so that none takes ano
 of them end within six minutes (`--seconds`). Models have random weights in real shapes: nothing is downloaded.
 
     agreement  loss and gradient of each forward path against the plain model, rows of mixed length
+    profile    kernels of a step, and milliseconds until they are launched and until they are done
     methods    loss and gradient of each method on the GPU against fp32 on the processor, then a
                training run of a few steps
     tests      the tests of adapters, training and serving as they stand, where pytest is installed
@@ -12,7 +13,7 @@ of them end within six minutes (`--seconds`). Models have random weights in real
     qlora      the same at the largest shape with a base in NF4
     decode     tokens a second of batches of 1 to 128 rows with ten adapters, against peft's generate
 
-    python benchmarks/gpu.py [--parts agreement methods tests train qlora decode] [--shapes 135m 1b 8b]
+    python benchmarks/gpu.py [--parts agreement profile methods tests train qlora decode] [--shapes 135m 1b 8b]
         [--seconds 340] [--json FILE] [--device cpu] [--tiny]
 
 Without a GPU it says so and ends with exit code 2, unless --device cpu is given.
@@ -33,13 +34,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import PRECISIONS, SHAPES, biased, language_model, trained
-from gpu_speed import decoding, step_in_turn, train_shape
+from gpu_models import PRECISIONS, SHAPES, biased, fill, language_model, ragged, trained
+from gpu_speed import decoding, profiled, step_in_turn, train_shape
 from sides import answering, finish, parser, shown, table, write_rows
 
 SECONDS = 340  # for everything
-LIMITS = {"agreement": 60, "train": 100, "qlora": 100, "decode": 100, "methods": 90, "tests": 60}  # seconds; of a shape
-RAGGED = (90, 60, 120, 40, 200, 80, 70, 150)  # tokens of the rows that are compared
+LIMITS = {  # seconds; of a shape
+    "agreement": 60,
+    "profile": 40,
+    "train": 100,
+    "qlora": 100,
+    "decode": 100,
+    "methods": 90,
+    "tests": 60,
+}
 FEW = ("lora", "adalora", "prefix")  # methods of a trial
 Line = dict[str, Any]
 
@@ -57,11 +65,14 @@ def agreement(device: torch.device, tiny: bool) -> Iterator[Line]:
         adapter = attach(model, LoRA(rank=8), generator=torch.Generator().manual_seed(0))
         fill(adapter)
         path = fastest_path(adapter, "causal-lm", pad_id=2)
-        chosen, expected = path.mode, None
-        for way in reversed(MODES):
+        chosen, graphs, expected = path.mode, path.graphs, None
+        for way in (*reversed(MODES), "graphed"):
             line: Line = {"precision": precision, "case": way, "chosen": way == chosen}
+            if way == "graphed" and graphs is None:
+                continue
             try:
-                path.mode = way
+                path.mode = "packed" if way == "graphed" else way
+                path.graphs = graphs if way == "graphed" else None
                 rows, found, cost = ragged(model, tiny), None, Cost(device)
                 for _ in range(1 if tiny else 3):
                     cost.begin()
@@ -70,22 +81,14 @@ def agreement(device: torch.device, tiny: bool) -> Iterator[Line]:
                     cost.end()
                 expected = expected or found
                 assert found is not None
-                yield line | compared(expected, found, dtype) | cost.figures()
+                yield line | compared(expected, found, dtype) | cost.figures() | unused(path.graphs)
             except Exception:
                 yield line | failed()
 
 
-def ragged(model: Any, tiny: bool) -> list[Any]:
-    """Rows of mixed length, with loss on the second half of each."""
-    from loralab.tasks.examples import IGNORED, Example
-
-    draw = torch.Generator().manual_seed(1)
-    size, rows = min(model.config.vocab_size, 1000), []
-    for number, length in enumerate(n // 8 if tiny else n for n in RAGGED):
-        ids = tuple(torch.randint(3, size, (length,), generator=draw).tolist())
-        labels = tuple(IGNORED if i < length // 2 else token for i, token in enumerate(ids))
-        rows.append(Example(number, ids, labels))
-    return rows
+def unused(graphs: Any) -> Line:
+    """Say why a pass was not replayed, which is no fault where it is slower so."""
+    return {} if graphs is None or not graphs.refused else {"ok": False, "error": f"no graph: {graphs.refused}"}
 
 
 class Cost:
@@ -122,15 +125,6 @@ def compared(
     off = float((own - gradient).norm() / gradient.norm())
     agrees = off_loss <= LOSS_TOLERANCES[dtype] and off <= GRADIENT_TOLERANCES[dtype]
     return {"ok": agrees, "loss_difference": off_loss, "gradient_difference": off}
-
-
-@torch.no_grad()
-def fill(adapter: Any) -> None:
-    """Small random numbers for everything that is trained, so that no gradient is zero."""
-    draw = torch.Generator().manual_seed(2)
-    for parameter in adapter.parameters():
-        noise = torch.randn(parameter.shape, generator=draw) * 0.02
-        parameter.add_(noise.to(parameter.device, parameter.dtype))
 
 
 # -- methods --------------------------------------------------------------------------------------
@@ -242,6 +236,7 @@ def tests(device: torch.device, tiny: bool) -> Iterator[Line]:
 
 PARTS: dict[str, Callable[[torch.device, bool], Iterator[Line]]] = {
     "agreement": agreement,
+    "profile": profiled,
     "methods": methods,
     "tests": tests,
     "decode": decoding,
@@ -290,7 +285,7 @@ def act(part: str, chosen: argparse.Namespace) -> None:
     name, _, shape = part.partition(":")
     device = torch.device(chosen.device)
     if name in ("train", "qlora"):
-        lines = train_shape(shape, *((1, 1) if chosen.tiny else (6, 3)), "none" if name == "train" else "nf4")
+        lines = train_shape(shape, *((1, 1) if chosen.tiny else (6, 40)), "none" if name == "train" else "nf4")
     else:
         lines = PARTS[name](device, chosen.tiny)
     with Path(chosen.out).open("a", encoding="utf-8") as file:
@@ -328,6 +323,8 @@ def told(line: Line) -> str:
     if "summary" in line:
         return str(line["summary"])
     figures = {
+        "kernels": "kernels",
+        "launched ms": "launched_milliseconds",
         "loss off": "loss_difference",
         "gradient off": "gradient_difference",
         "ms": "milliseconds",

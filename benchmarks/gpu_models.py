@@ -20,6 +20,7 @@ SHAPES = {  # of SmolLM2-135M, Llama 3.2 1B and Llama 3.1 8B
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
 }
+RAGGED = (90, 60, 120, 40, 200, 80, 70, 150)  # tokens of the rows that are compared
 TIED = ("tiny", "135m", "1b")
 WORDS = "the a film time people way day man woman life world good bad user assistant"
 TEMPLATE = (
@@ -67,6 +68,28 @@ def tokenizer() -> Any:
         unk_token="<unk>",
         chat_template=TEMPLATE,
     )
+
+
+def ragged(model: Any, tiny: bool) -> list[Any]:
+    """Rows of mixed length, with loss on the second half of each."""
+    from loralab.tasks.examples import IGNORED, Example
+
+    draw = torch.Generator().manual_seed(1)
+    size, rows = min(model.config.vocab_size, 1000), []
+    for number, length in enumerate(n // 8 if tiny else n for n in RAGGED):
+        ids = tuple(torch.randint(3, size, (length,), generator=draw).tolist())
+        labels = tuple(IGNORED if i < length // 2 else token for i, token in enumerate(ids))
+        rows.append(Example(number, ids, labels))
+    return rows
+
+
+@torch.no_grad()
+def fill(adapter: Any) -> None:
+    """Small random numbers for everything that is trained, so that no gradient is zero."""
+    draw = torch.Generator().manual_seed(2)
+    for parameter in adapter.parameters():
+        noise = torch.randn(parameter.shape, generator=draw) * 0.02
+        parameter.add_(noise.to(parameter.device, parameter.dtype))
 
 
 def biased(model: Any) -> Any:

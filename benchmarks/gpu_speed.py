@@ -3,13 +3,13 @@
 import importlib.util
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import SHAPES, language_model, tokenizer, trained
+from gpu_models import SHAPES, fill, language_model, ragged, tokenizer, trained
 from sides import Figures, Turn, Worker, in_turn, ratios, spread, write_rows
 
 PEERS = {"trainer": "peft + Trainer", "liger": "peft + Trainer + liger"}
@@ -30,6 +30,55 @@ def train_shape(shape: str, pairs: int, warm_up: int, quantize: str = "none") ->
             sides = {side: partial(Worker, GPU, ["--worker", side, *given]) for side in ("loralab", name)}
             line = summed_up(in_turn(sides, pairs, warm_up), name)
             yield line | {"precision": quantize, "share_of_rate": share(line, shape, rate)}
+
+
+def profiled(device: torch.device, tiny: bool) -> Iterator[Line]:
+    """Kernels and times of a step of two shapes, by each path."""
+    from loralab import LoRA, attach
+    from loralab.training.fast.forward_path import MODES, fastest_path
+
+    for shape in ("tiny",) if tiny else ("135m", "1b"):
+        model = language_model(shape, torch.bfloat16, device)
+        adapter = attach(model, LoRA(rank=8), generator=torch.Generator().manual_seed(0))
+        fill(adapter)
+        path = fastest_path(adapter, "causal-lm", pad_id=2)
+        graphs = path.graphs
+        for way in (*reversed(MODES), *["graphed"] * (graphs is not None)):
+            path.mode = "packed" if way == "graphed" else way
+            path.graphs = graphs if way == "graphed" else None
+            step = partial(gradient_step, path, adapter, ragged(model, tiny))
+            yield {"ok": True, "case": f"{shape}, {way}", "precision": "bf16"} | profiled_step(step, device)
+
+
+def gradient_step(path: Any, adapter: Any, rows: Sequence[Any]) -> None:
+    """Compute loss and gradient of some rows."""
+    from loralab.training.fast.forward_path import gradient_of
+
+    with path.activated():
+        gradient_of(path.loss(rows), adapter)
+
+
+def profiled_step(step: Callable[[], None], device: torch.device, times: int = 5) -> Line:
+    """Return a step's kernels, and milliseconds until all are launched and until they are done."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    for _ in range(3):
+        step()
+    wait()
+    begun = time.perf_counter()
+    for _ in range(times):
+        step()
+    launched = time.perf_counter() - begun
+    wait()
+    done = time.perf_counter() - begun
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as found:
+        step()
+        wait()
+    kernels = sum(e.count for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+    own = {"launched_milliseconds": 1e3 * launched / times, "milliseconds": 1e3 * done / times}
+    return own | {"kernels": kernels}
 
 
 def matrix_rate(device: torch.device, size: int = 8192, times: int = 20) -> float:

@@ -108,6 +108,28 @@ def test_many_spans_take_two_products(llama: Any, everyone: dict[str, tuple[nn.M
         assert torch.allclose(found[row], logits(alone, ids[row : row + 1])[0], atol=2e-5)
 
 
+@pytest.mark.parametrize("start", ["kaiming", "pissa"])
+def test_many_spans_follow_adapters_that_are_trained_in_between(llama: Any, start: str) -> None:
+    """Evaluation of several jobs: what is kept of their factors would be that of an earlier step."""
+    own = {n: adapted(llama, LoRA(rank=2, init=start, target_modules=["up_proj"]), n) for n in range(6)}
+    bank, ids, names = Bank(copy.deepcopy(llama)), ids_of(6), [0, 1, 2, 3, 4, 5]
+    bank.put_all({name: adapter for name, (_, adapter) in own.items()})
+    for trains in (True, False):
+        for _, adapter in own.values():
+            for parameter in adapter.parameters():
+                parameter.requires_grad_(trains)
+        for _ in range(2 if trains else 1):
+            with torch.no_grad(), bank.routed(spans_of(names)):
+                found = logits(bank.model, ids)
+            for row, name in enumerate(names):
+                torch.testing.assert_close(found[row], logits(own[name][0], ids)[row], rtol=1e-4, atol=1e-4)
+            for _, adapter in own.values():
+                for parameter in adapter.parameters():
+                    parameter.data.mul_(1.5)
+        bank.drop(0)
+        bank.put(0, own[0][1])
+
+
 def test_without_routes_it_is_the_base_bit_for_bit_and_so_it_is_after_removal(
     llama: Any, everyone: dict[str, tuple[nn.Module, Adapter]]
 ) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralab.adapters.skinny import batched
-from loralab.adapters.spans import Updates, linears_by_span, stacked_update
+from loralab.adapters.spans import Updates, foreign_ranks, linears_by_span, stack, stacked_update
 from loralab.native.library import SkinnyGemm
 
 ROWS = ((0, 3), (3, 4), (6, 11))  # rows 4 and 5 have no update
@@ -82,7 +82,8 @@ def test_the_outputs_may_be_changed_in_place() -> None:
 def test_stacked_products_are_those_of_each_span() -> None:
     base, x = nn.Linear(32, 64), torch.randn(11, 32)
     own = factors(64, (2, 5, 1), torch.float32)
-    found = stacked_update(x, base(x), own, ROWS)
+    foreign = foreign_ranks((2, 5, 1), ROWS, len(x), x.device)
+    found = stacked_update(x, base(x), stack(own, x.dtype), foreign)
     assert torch.allclose(found, meaning(x, base, own), atol=1e-4)
 
 

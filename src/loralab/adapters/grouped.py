@@ -20,11 +20,12 @@ from loralab.adapters.fast_path import DisabledFastPath, disable_fast_path
 from loralab.adapters.fused import can_fuse
 from loralab.adapters.linear import is_plain
 from loralab.adapters.linear import together as alone_together
-from loralab.adapters.spans import Factors, Updates, linears_by_span, stacked_update
+from loralab.adapters.spans import Factors, Stacked, Updates, foreign_ranks, linears_by_span, stack, stacked_update
 from loralab.adapters.wrapper import Wrapper, replace_modules
 from loralab.errors import AdapterStateError
 
-MAX_UNSTACKED_SPANS = 4  # spans whose updates are quicker one after the other than stacked
+# spans whose updates are quicker one after the other than stacked; a GPU is kept waiting by each small product
+MAX_UNSTACKED_SPANS = {"cpu": 4, "cuda": 1}
 
 
 class Span(NamedTuple):
@@ -66,6 +67,7 @@ class Bank:
         self.around = around or (lambda key: contextlib.nullcontext())
         self._places: dict[str, RoutedModule] = {}
         self._disabled: list[DisabledFastPath] = []
+        self._foreign: dict[object, Tensor] = {}
 
     def put(self, key: Hashable, adapter: Adapter) -> None:
         """Take an adapter's modules in.
@@ -120,6 +122,16 @@ class Bank:
         if spans:
             _require_whole(spans)
         self.spans = tuple(spans)
+        self._foreign.clear()
+
+    def foreign_ranks(
+        self, ranks: tuple[int, ...], ranges: tuple[tuple[int, int], ...], rows: int, device: torch.device
+    ) -> Tensor:
+        """Return `spans.foreign_ranks`, which the modules of a pass share."""
+        key = ranks, ranges, rows, device
+        if key not in self._foreign:
+            self._foreign[key] = foreign_ranks(ranks, ranges, rows, device)
+        return self._foreign[key]
 
     @contextlib.contextmanager
     def routed(self, spans: Sequence[Span]) -> Iterator[None]:
@@ -135,6 +147,7 @@ class Bank:
             yield
         finally:
             self.spans = before
+            self._foreign.clear()
 
     def _place(self, path: str) -> "RoutedModule":
         place = RoutedModule(self.model.get_submodule(path), self)
@@ -158,7 +171,7 @@ class RoutedModule(Wrapper):
         super().__init__(base)
         self.members: dict[Hashable, Any] = {}  # no parameters of this module
         self._bank = (bank,)
-        self._stacked: tuple[tuple[int, ...], list[Factors]] = ((), [])
+        self._stacked: tuple[object, Stacked] | None = None
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Return the base's output, or that of every span's own module."""
@@ -173,7 +186,7 @@ class RoutedModule(Wrapper):
     def forget(self, key: Hashable) -> None:
         """Drop a member."""
         self.members.pop(key, None)
-        self._stacked = ((), [])
+        self._stacked = None
 
     def updated(self, x: Tensor, layers: Sequence["RoutedModule"]) -> tuple[Tensor, ...] | None:
         """Return layers that read the same input, where all updates are plain low-rank ones."""
@@ -187,7 +200,7 @@ class RoutedModule(Wrapper):
         grad = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for m in members for p in m.trained().values())
         )
-        if not grad and len(chosen) > MAX_UNSTACKED_SPANS:
+        if not grad and len(chosen) > MAX_UNSTACKED_SPANS.get(x.device.type, 1):
             return tuple(g._added_at_once(x, g.base(x), rows) for g in layers)
         times = rows // spans[-1].stop
         updates = [
@@ -200,12 +213,19 @@ class RoutedModule(Wrapper):
         """Return the updates of all spans in two products, as one of all their ranks."""
         spans = self._bank[0].spans
         present = tuple(s for s in spans if s.key in self.members)
-        ids = tuple(id(self.members[s.key]) for s in present)
-        if self._stacked[0] != ids:  # the weights are not trained here: kept while the set stays
-            self._stacked = (ids, [self.members[s.key].factors() for s in present])
-        times = rows // spans[-1].stop
-        ranges = [(s.start * times, s.stop * times) for s in present]
-        return stacked_update(x, y, self._stacked[1], ranges)
+        stacked, times = self._stack([self.members[s.key] for s in present], x.dtype), rows // spans[-1].stop
+        ranges = tuple((s.start * times, s.stop * times) for s in present)
+        return stacked_update(x, y, stacked, self._bank[0].foreign_ranks(stacked.ranks, ranges, rows, x.device))
+
+    def _stack(self, members: Sequence[Any], dtype: torch.dtype) -> Stacked:
+        """Return the factors of some members as those of one; kept while the set stays and nobody trains it."""
+        known, kept = (dtype, *map(id, members)), self._stacked
+        if kept is not None and kept[0] == known:
+            return kept[1]
+        stacked = stack([member.factors() for member in members], dtype)
+        trains = any(p.requires_grad for member in members for p in member.trained().values())
+        self._stacked = None if trains else (known, stacked)
+        return stacked
 
     def _mask(self, span: Span, members: Sequence[Any]) -> Callable[[Tensor], Tensor | None] | None:
         """Return the function that draws the dropout mask of a span's input; None without dropout."""

@@ -67,22 +67,38 @@ def linears_by_span(x: Tensor, bases: Sequence[nn.Module], updates: Sequence[Upd
     return _LinearsBySpan.apply(x, tuple(parts), layouts, *weights, *tensors)
 
 
-def stacked_update(x: Tensor, y: Tensor, factors: Sequence[Factors], ranges: Sequence[tuple[int, int]]) -> Tensor:
-    """Return y plus the updates of ranges of rows in two products: all ranks side by side, and a mask.
+class Stacked(NamedTuple):
+    """Factors of several adapters as those of one: A (R of all, I), s B (O, R of all), and the rank of each."""
+
+    A: Tensor
+    B: Tensor
+    ranks: tuple[int, ...]
+
+
+def stack(factors: Sequence[Factors], dtype: torch.dtype) -> Stacked:
+    """Return factors side by side, rounded to the dtype of the products."""
+    A = torch.cat([a for a, _, _ in factors]).to(dtype)
+    B = torch.cat([s * b for _, b, s in factors], dim=1).to(dtype)
+    return Stacked(A, B, tuple(len(a) for a, _, _ in factors))
+
+
+def foreign_ranks(ranks: Sequence[int], ranges: Sequence[tuple[int, int]], rows: int, device: torch.device) -> Tensor:
+    """Return True where a rank belongs to another adapter than a row's, (N, R of all); ranges are by adapter."""
+    foreign = torch.ones(rows, sum(ranks), dtype=torch.bool)
+    column = 0
+    for rank, (start, stop) in zip(ranks, ranges, strict=True):
+        foreign[start:stop, column : column + rank] = False
+        column += rank
+    return foreign.to(device)
+
+
+def stacked_update(x: Tensor, y: Tensor, own: Stacked, foreign: Tensor) -> Tensor:
+    """Return y plus the updates of ranges of rows in two products of all ranks; `foreign` (N, R of all) has no effect.
 
     Only for inference: every row meets every A, which costs little as long as rows are few.
     """
-    flat, out = flat_rows(x), flat_rows(y)
-    A = torch.cat([a for a, _, _ in factors]).to(x.dtype)
-    B = torch.cat([s * b for _, b, s in factors], dim=1).to(x.dtype)
-    low = flat @ A.T
-    kept = torch.zeros_like(low)
-    column = 0
-    for (a, _, _), (start, stop) in zip(factors, ranges, strict=True):
-        here = slice(column, column + len(a))
-        kept[start:stop, here] = low[start:stop, here]
-        column += len(a)
-    return torch.addmm(out, kept, B.T).view(y.shape)
+    low = (flat_rows(x) @ own.A.T).masked_fill_(foreign, 0)
+    return torch.addmm(flat_rows(y), low, own.B.T).view(y.shape)
 
 
 class _LinearsBySpan(torch.autograd.Function):

@@ -32,12 +32,11 @@ from loralab.training.fast.forward_path import (
     gradient_of,
     noise,
     on_device,
-    packed_states,
     random_states,
-    rounded_up,
     smallest_with_picture,
 )
 from loralab.training.fast.functions import token_losses
+from loralab.training.fast.packed import packed_states, rounded_up
 from loralab.training.fast.patches import attention_function, known_modules, patched
 from loralab.training.loss import is_plain_head, summed_loss
 
@@ -181,7 +180,7 @@ class Joint:
         batch = on_device(batch, self.model)
         packing = Packing(tuple(lengths), causal=True, device=batch["input_ids"].device)
         with self._routed(spans):
-            states = packed_states(self.model, batch, packing)
+            states = packed_states(self.model, batch["input_ids"], batch["position_ids"], packing)
         return self._by_heads(parts, spans, states, batch["targets"])
 
     def _by_heads(

@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,11 @@ class Packing:
         return self.starts.to(self.device, torch.int32)
 
     @property
+    def longest(self) -> int:
+        """Return the tokens of the longest row."""
+        return max(self.lengths)
+
+    @property
     def reach(self) -> int:
         """Return M: where the last key of any tile ends."""
         return sum(self.lengths) + max(TILE, KEY_STEP)
@@ -115,7 +120,17 @@ class Packing:
         return Tile(rows_, slice(begin, begin + width), bounds[0], bounds[1])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, angles: Angles | None = None) -> Tensor:
+class FlashRows(NamedTuple):
+    """Packed rows of which a GPU alone knows where they begin; `longest` may be more than the longest has."""
+
+    starts_there: Tensor
+    longest: int
+    causal: bool
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing | FlashRows, scale: float, angles: Angles | None = None
+) -> Tensor:
     """Compute softmax(scale q k') v within each row: q (N, H, D), k and v (N, K, D) -> (N, H, D).
 
     Args:
@@ -124,7 +139,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, angl
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; rotation: Su et al. 2021,
     arXiv:2104.09864, equation 34.
     """
-    if q.is_cuda:
+    if q.is_cuda or isinstance(packing, FlashRows):
         q, k = (x if angles is None else _turned(x, angles) for x in (q, k))
         return flash_attend(q, k, v, packing, scale)
     compiled = _in_one_pass(q, k, v, angles)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from loralab.training.fast.attention import Packing
+    from loralab.training.fast.attention import FlashRows, Packing
 
 HALF = (torch.float16, torch.bfloat16)  # what the kernel computes in
 
@@ -39,12 +39,12 @@ def _known(kernel: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(kernel).parameters)
 
 
-def flash_attend(q: Tensor, k: Tensor, v: Tensor, packing: "Packing", scale: float) -> Tensor:
+def flash_attend(q: Tensor, k: Tensor, v: Tensor, packing: "Packing | FlashRows", scale: float) -> Tensor:
     """Compute softmax(scale q k') v within each row, (N, H, D); q and k are rotated already."""
     kernel = flash_kernel()
     assert kernel is not None
     known, group = _known(kernel), q.shape[1] // k.shape[1]
-    starts, longest = packing.starts_there, max(packing.lengths)
+    starts, longest = packing.starts_there, packing.longest
     options: dict[str, Any] = {}
     if packing.causal:
         options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}

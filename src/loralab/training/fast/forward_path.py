@@ -9,22 +9,23 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from loralab.adapters.adapter import Adapter
 from loralab.errors import LoralabError, ModelError
 from loralab.lanes import can_share, lane_count, threads
-from loralab.tasks.batches import collate, micro_batches, pack, shared_out
-from loralab.tasks.examples import IGNORED, Example
+from loralab.tasks.batches import collate, micro_batches, shared_out
+from loralab.tasks.examples import Example
 from loralab.tasks.forward import answer_loss, call, embed_pairs, partner_losses
 from loralab.tasks.kinds.registry import kind_named
-from loralab.training.fast.attention import Packing
 from loralab.training.fast.flash import can_flash
+from loralab.training.fast.graphs import PassGraphs, Result, StaticRows
 from loralab.training.fast.lane_loss import lane_loss
+from loralab.training.fast.packed import packed_loss, packed_states
 from loralab.training.fast.patches import Forward, known_modules, patched
 from loralab.training.loss import summed_loss
 from loralab.training.world import World
@@ -58,6 +59,7 @@ class ForwardPath:
         draws: whether a pass in training mode has been seen to draw random numbers.
         lanes: how many parts of a pass may be computed side by side; 1 where they would draw
             random numbers, or have not been found to agree.
+        graphs: passes that a GPU launches at once, where they suit model and adapter.
     """
 
     model: Any
@@ -72,6 +74,7 @@ class ForwardPath:
     world: World = field(default_factory=World)
     draws: bool = True
     lanes: int = 1
+    graphs: PassGraphs | None = None
 
     @property
     def in_batch_negatives(self) -> bool:
@@ -93,7 +96,8 @@ class ForwardPath:
 
     def _loss(self, examples: Sequence[Example]) -> Tensor:
         if self.mode == "packed":
-            return self._packed_loss([len(example.input_ids) for example in examples], examples)
+            graph = self.graphs.loss(examples) if self.graphs is not None and torch.is_grad_enabled() else None
+            return packed_loss(self.model, examples, self.pad_id) if graph is None else graph
         return answer_loss(self.model, self.batch(examples), self.kind)[0]
 
     def _lanes(self, examples: Sequence[Example]) -> Sequence[Sequence[Example]]:
@@ -143,15 +147,10 @@ class ForwardPath:
         )
         return on_device(batch, self.model)
 
-    def _packed_loss(self, lengths: list[int], examples: Sequence[Example]) -> Tensor:
-        size = rounded_up(sum(lengths))
-        batch = on_device(pack(examples, size=size, pad_id=self.pad_id), self.model)
-        filled = (*lengths, *[1] * (size - sum(lengths)))
-        packing = Packing(filled, causal=True, device=batch["input_ids"].device)
-        states = packed_states(self.model, batch, packing)
-        here = (batch["targets"] != IGNORED).nonzero()[:, 0]
-        here = F.pad(here, (0, rounded_up(len(here)) - len(here)), value=size - 1)  # no target there
-        return summed_loss(self.model.get_output_embeddings(), states[here], batch["targets"][here])
+    def _static_loss(self, rows: StaticRows) -> Tensor:
+        """Return the summed loss of a pass whose tensors are where a graph reads them."""
+        states = packed_states(self.model, rows.input_ids, rows.position_ids, rows.packing)
+        return summed_loss(self.model.get_output_embeddings(), states[rows.predicting], rows.targets)
 
     @contextlib.contextmanager
     def activated(self) -> Iterator[None]:
@@ -159,16 +158,6 @@ class ForwardPath:
         plain = self.mode == "plain"
         with contextlib.nullcontext() if plain else patched(self.model, self.quicker):
             yield
-
-
-def rounded_up(size: int) -> int:
-    """Return the next of sixteen sizes between powers of two, at least 16.
-
-    A matrix library builds a kernel for each new shape, and keeps them: few shapes save more time
-    and memory than the padding costs.
-    """
-    step = 2 ** max(4, size.bit_length() - 5)
-    return -(-size // step) * step
 
 
 def max_tokens_on(device: torch.device) -> int:
@@ -219,6 +208,7 @@ def fastest_path(
             problem = difference(model, expected, found)
             if not problem:
                 path.lanes = _lanes_that_agree(path, adapter, examples, expected, lanes)
+                path.graphs = _graphs_of(path, adapter) if mode == "packed" and device.type == "cuda" else None
                 return path
             path.refused[mode] = problem
     path.mode = "plain"
@@ -271,16 +261,33 @@ def _lanes_that_agree(
     return 1 if difference(path.model, expected, found) else count
 
 
+def _graphs_of(path: ForwardPath, adapter: Adapter) -> PassGraphs | None:
+    """Return graphs for passes that depend on nothing but tensors: no ranks that move, no dropout."""
+    if adapter.budget is not None or path.draws or not _has_small_gradient(path, adapter):
+        return None
+    return PassGraphs(path.model, path._static_loss, partial(_unlike, path.model), path.pad_id)
+
+
+def _unlike(model: nn.Module, expected: Result, found: Result) -> str:
+    """Describe how a graph's result differs from the pass's own; empty if it does not."""
+    pair = ((loss, torch.cat([g.flatten().float() for g in own if g is not None])) for loss, own in (expected, found))
+    return difference(model, *pair)
+
+
 def _suits_lanes(path: ForwardPath, adapter: Adapter) -> bool:
     """Return whether parts of a pass can be computed side by side, if a trial agrees."""
+    on_cpu = next(path.model.parameters()).device.type == "cpu"
+    return on_cpu and _has_small_gradient(path, adapter) and can_share(path.model)
+
+
+def _has_small_gradient(path: ForwardPath, adapter: Adapter) -> bool:
+    """Return whether the gradient may be computed with the loss, and kept beside it."""
     frozen = sum(parameter.numel() for parameter in path.model.parameters() if not parameter.requires_grad)
     return (
-        next(path.model.parameters()).device.type == "cpu"
-        and _dtype(path.model) != torch.float16  # whose gradient must be scaled before it is computed
+        _dtype(path.model) != torch.float16  # whose gradient must be scaled before it is computed
         and path.world.size == 1
         and adapter.num_parameters <= MAX_TRAINED_SHARE * frozen
         and kind_named(path.kind).cuttable
-        and can_share(path.model)
     )
 
 
@@ -352,19 +359,6 @@ def gradient_of(loss: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
     pairs = zip(found, adapter.parameters(), strict=True)
     flat = [(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in pairs]
     return loss.detach(), torch.cat(flat)
-
-
-def packed_states(model: Any, batch: Mapping[str, Tensor], packing: Packing) -> Tensor:
-    """Return the last hidden states of packed rows, (N, H)."""
-    # a mask of four axes is passed on as it is: none is made that nobody reads
-    states: Tensor = model.base_model(
-        input_ids=batch["input_ids"],
-        position_ids=batch["position_ids"],
-        packing=packing,
-        attention_mask=batch["input_ids"].new_zeros(1, 1, 1, 1),
-        use_cache=False,
-    ).last_hidden_state[0]
-    return states
 
 
 def difference(model: nn.Module, expected: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> str:

@@ -25,7 +25,13 @@ def lane_loss(
         return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)
 
     losses, gradients = zip(*side_by_side(one, parts), strict=True)
-    return _WithGradient.apply(torch.stack(losses).sum(), _added(gradients), *trained)
+    return with_gradient(torch.stack(losses).sum(), _added(gradients), trained)
+
+
+def with_gradient(loss: Tensor, gradient: Sequence[Tensor | None], trained: Sequence[Tensor]) -> Tensor:
+    """Return a loss () whose backward pass hands on what its gradient by each trained tensor is known to be."""
+    found: Tensor = _WithGradient.apply(loss, gradient, *trained)
+    return found
 
 
 class _WithGradient(torch.autograd.Function):
@@ -39,8 +45,8 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        scale = float(d_loss)
-        return None, None, *(None if found is None else found * scale for found in ctx.gradient)
+        own = iter(torch._foreach_mul([found for found in ctx.gradient if found is not None], d_loss))
+        return None, None, *(None if found is None else next(own) for found in ctx.gradient)
 
 
 def _added(gradients: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:

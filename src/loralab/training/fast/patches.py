@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loralab.adapters.grouped import together
-from loralab.training.fast.attention import Packing, attend
+from loralab.training.fast.attention import FlashRows, Packing, attend
 from loralab.training.fast.functions import rms_norm, swiglu
 
 ATTENTION_NAME = "loralab"  # of our attention in transformers' table
@@ -31,7 +31,7 @@ def attention_function(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    packing: Packing | None = None,
+    packing: Packing | FlashRows | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention for transformers: query (B, H, L, D) -> (B, L, H, D).
@@ -118,7 +118,7 @@ def _attention_forward(
     position_embeddings: Any = None,
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
-    packing: Packing | None = None,
+    packing: Packing | FlashRows | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if packing is None:
