@@ -126,7 +126,7 @@ def photograph(
             shown.until(ready)
             act(shown)
             shown.until("document.fonts.status === 'loaded'")
-            shown.ask("Emulation.setScrollbarsHidden", hidden=True)
+            shown.value("document.documentElement.style.scrollbarWidth = 'none'")
             shown.value("scrollTo({ top: 0, behavior: 'instant' })")
             clip = {"x": 0, "y": 0, "width": SIZE["width"], "height": shown.value(end), "scale": 1}
             shot = shown.ask("Page.captureScreenshot", format="png", clip=clip)
