@@ -14,7 +14,7 @@ import pytest
 from loralab.adapters.registry import built_in
 
 ROOT = Path(__file__).parents[1] / "src" / "loralab"
-BASE = {"errors", "system", "atomic", "values", "plugins", "packages", "lanes"}
+BASE = {"errors", "system", "atomic", "values", "plugins", "packages", "lanes", "progress"}
 LEAVES = BASE | {"native"}
 TOGETHER = {"cluster"}  # several machines
 MAY_IMPORT: dict[str, set[str]] = {
@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plugins": {"errors"},
     "packages": {"errors", "atomic"},
     "lanes": {"system"},
+    "progress": set(),
     "native": BASE,
     "cluster": {"errors"},
     "adapters": LEAVES,
@@ -55,6 +56,7 @@ TORCH_FREE = [
     "serving/http/keys.py",
     "atomic.py",
     "values.py",
+    "progress.py",
     "plugins.py",
     "packages.py",
     "models/catalog.py",

@@ -50,7 +50,7 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
 def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the fresh process does, done here: a process takes seconds to load its libraries."""
 
-    def compare(path: Path, reference: Reference, base: object = None) -> Certificate:
+    def compare(path: Path, reference: Reference, base: object, begin: object) -> Certificate:
         request, answer = tmp_path / "request.safetensors", tmp_path / "answer.json"
         given = () if base is None else (str(base),)
         reference.save(request)

@@ -341,7 +341,7 @@ def test_the_device_of_the_live_model_goes_to_the_fresh_process(
     path = make_adapter(tiny_llama_folder)
     found: list[str] = []
 
-    def compare(path: Path, reference: Reference, base: object) -> Certificate:
+    def compare(path: Path, reference: Reference, *_: object) -> Certificate:
         found.append(reference.device)
         logits = logits_of(live.base.model, reference.prompts, CAUSAL)
         return certificate.compare(reference, logits, "fp32", reference.device)

@@ -166,7 +166,7 @@ def test_a_merged_model_is_scored_as_its_adapter_is(
 ) -> None:
     merged = tmp_path / "merged"
     proved = SimpleNamespace(passed=True)  # in a fresh process, which takes seconds to start
-    monkeypatch.setattr("loralab.artefacts.merge.compare_afresh", lambda *_: proved)
+    monkeypatch.setattr("loralab.artefacts.merge.compare_afresh", lambda *_, **__: proved)
     merge(classifier.output_dir, merged)
     own = str(classifier.output_dir.parent / "train.csv")
     for data in (own, write_rows(tmp_path / "other.csv", "ca", 20, 7)):

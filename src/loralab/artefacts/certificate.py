@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,8 +42,13 @@ from loralab.models import load as models
 from loralab.models.device import device_here
 from loralab.models.load import Base
 from loralab.models.source import has_tokenizer, resolve
+from loralab.progress import Listener, stages
 
 REFERENCE = "certificate.safetensors"
+STARTING, LOADING, ASKING = "starting a fresh process", "reloading it there", "comparing its answers"
+FRESH = {STARTING: 3, LOADING: 2, ASKING: 1}  # shares of its time
+Begin = Callable[[str], None]
+_SILENT = stages(FRESH)
 OF_A_HUB = ("README.md", ".gitattributes")  # files that hold nothing of a model, and come and go
 
 
@@ -76,15 +81,18 @@ def certify(
     return certificate
 
 
-def compare_afresh(path: Path, reference: Reference, base: str | Path | None = None) -> Certificate:
+def compare_afresh(
+    path: Path, reference: Reference, base: str | Path | None = None, begin: Begin = _SILENT
+) -> Certificate:
     """Compare in a fresh process, and leave certificate and reference in the artefact.
 
     Args:
         base: of an adapter, such as a temporary copy; None is the one that it names.
+        begin: called with each stage of FRESH.
     """
     with warnings.catch_warnings():  # what is to be said of its base was said when it was loaded
         warnings.simplefilter("ignore", BaseMismatchWarning)
-        certificate = _in_fresh_process(path, reference, base)
+        certificate = _in_fresh_process(path, reference, base, begin)
     if base is not None and sound(read_json(path / RECORD)).get("base", {}).get("live"):
         certificate = replace(certificate, base=TEMPORARY)
     reference.smaller(STORED_LOGITS).save(path / REFERENCE)
@@ -93,7 +101,7 @@ def compare_afresh(path: Path, reference: Reference, base: str | Path | None = N
     return certificate
 
 
-def verify(artefact: str | Path, *, base: str | Path | None = None) -> Certificate:
+def verify(artefact: str | Path, *, base: str | Path | None = None, listener: Listener | None = None) -> Certificate:
     """Check every file's digest, reload in a fresh process, compare with the stored reference.
 
     Args:
@@ -117,7 +125,7 @@ def verify(artefact: str | Path, *, base: str | Path | None = None) -> Certifica
                 f"{path}: changed since it was certified: {join_limited(changed)}", code="changed", field=changed[0]
             )
         reference = replace(Reference.read(path / REFERENCE), device=_device_of(record["certificate"]))
-        certificate = _in_fresh_process(path, reference, base)
+        certificate = _in_fresh_process(path, reference, base, stages(FRESH, listener))
     if not certificate.passed:
         raise CertificateError(_verdict(path, certificate), code="not_equal", field="artefact")
     return replace(certificate, base=None if base is None else str(base))
@@ -199,7 +207,8 @@ def _as_difference(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _in_fresh_process(path: Path, reference: Reference, base: str | Path | None = None) -> Certificate:
+def _in_fresh_process(path: Path, reference: Reference, base: str | Path | None, begin: Begin) -> Certificate:
+    begin(STARTING)
     with atomic.explained("a temporary folder ($TMPDIR says where)"):
         temporary = tempfile.TemporaryDirectory()
     with temporary as place:
@@ -211,13 +220,31 @@ def _in_fresh_process(path: Path, reference: Reference, base: str | Path | None 
         # as many threads as here: sums in another order would differ in the last bit
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         environment = {**os.environ, **registry.environment(), **threads}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        said = Path(place) / "stderr"
+        code = _followed(command, environment, said, begin)
         if not answer.is_file():
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            lines = said.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
             raise CertificateError(
                 f"{path} cannot be loaded in a fresh process: {lines[-1]}", code="cannot_load", field="path"
             )
         return _read_answer(answer)
+
+
+def _followed(command: list[str], environment: Mapping[str, str], said: Path, begin: Begin) -> int:
+    """Run a process, tell which stage it says to be in, and return its exit code; its errors go to a file."""
+    with said.open("w") as errors:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+    assert child.stdout is not None
+    try:
+        with child.stdout as lines:
+            for line in lines:
+                if (stage := line.strip()) in FRESH:
+                    begin(stage)
+        return child.wait()
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
 
 
 def _read_answer(file: Path) -> Certificate:
@@ -289,7 +316,9 @@ def _compare_and_write(path: str, request: str, answer: str, device: str, base: 
 
 
 def _compared(path: Path, reference: Reference, device: str, base: str | None) -> Certificate:
+    print(LOADING, flush=True)
     found, precision = _reload(path, device, base)
+    print(ASKING, flush=True)
     logits = logits_of(found.model, reference.prompts, found.kind, found.tokenizer)
     return compare(reference, logits, precision, device)
 

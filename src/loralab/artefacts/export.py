@@ -11,7 +11,7 @@ from loralab.adapters.folder import CONFIG, RECORD, read_json
 from loralab.adapters.record import FORMAT
 from loralab.adapters.registry import spec_of_file
 from loralab.artefacts import gguf_adapter
-from loralab.artefacts.certificate import compare_afresh, file_digests
+from loralab.artefacts.certificate import FRESH, Begin, compare_afresh, file_digests
 from loralab.artefacts.comparison import Certificate, reference_of
 from loralab.artefacts.engines import differs_in_peft, require
 from loralab.artefacts.loaded_adapter import LoadedAdapter, load_with_base, sample_of
@@ -20,8 +20,11 @@ from loralab.artefacts.temporary_base import base_folder
 from loralab.artefacts.updates import uniform
 from loralab.errors import CertificateError, ConfigError, join_limited, nearest
 from loralab.models.load import configuration
+from loralab.progress import Listener, stages
 
 Record = dict[str, Any]
+LOADING, ASKING = "loading base and adapter", "asking them"
+SHARES = {LOADING: 3, ASKING: 1} | FRESH
 
 
 def export(
@@ -32,6 +35,7 @@ def export(
     model: Any = None,
     tokenizer: Any = None,
     precision: str | None = None,
+    listener: Listener | None = None,
 ) -> Certificate:
     """Write an adapter in another form to a new folder, and prove it in a fresh process.
 
@@ -41,6 +45,7 @@ def export(
         model: the base; None is the one that the adapter names. A live model needs its
             `tokenizer`, and stays as it is; adapters that are in it have no effect.
         precision: fp32, bf16 or fp16; None is that of the training, and of a live model its own.
+        listener: called with what is being done, how much of it all is done, and of how much.
 
     Raises:
         InputError: something given is wrong; nothing has been written.
@@ -52,7 +57,7 @@ def export(
             code="unknown_target",
             field="to",
         )
-    return TARGETS[to](Path(adapter), Path(output), _Base(model, tokenizer, precision))
+    return TARGETS[to](Path(adapter), Path(output), _Base(model, tokenizer, precision, listener))
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +67,16 @@ class _Base:
     model: Any
     tokenizer: Any
     precision: str | None
+    listener: Listener | None
+
+    @property
+    def begin(self) -> Begin:
+        """Return what tells which stage begins."""
+        return stages(SHARES, self.listener)
 
     def with_adapter(self, path: Path) -> LoadedAdapter:
         """Load an adapter onto it."""
+        self.begin(LOADING)
         return load_with_base(path, model=self.model, tokenizer=self.tokenizer, precision=self.precision)
 
 
@@ -81,7 +93,7 @@ def _to_peft(adapter: Path, output: Path, base: _Base) -> Certificate:
         raise ConfigError(
             f"peft cannot express {adapter}: {join_limited(reasons)}", code="not_in_peft", field="adapter"
         )
-    return _certified(live, output, live.adapter.save)
+    return _certified(live, output, live.adapter.save, base.begin)
 
 
 def _to_vllm(adapter: Path, output: Path, base: _Base) -> Certificate:
@@ -90,7 +102,7 @@ def _to_vllm(adapter: Path, output: Path, base: _Base) -> Certificate:
     fields, tensors = uniform(require(adapter, "vllm", base.model))
     live = base.with_adapter(adapter)
     fields["base_model_name_or_path"] = live.base.recorded["name"]
-    return _certified(live, output, lambda place, record: folder.write(place, fields, tensors, record))
+    return _certified(live, output, lambda place, record: folder.write(place, fields, tensors, record), base.begin)
 
 
 def _to_gguf(adapter: Path, output: Path, base: _Base) -> Certificate:
@@ -114,16 +126,19 @@ def _to_gguf(adapter: Path, output: Path, base: _Base) -> Certificate:
             content["files"] = file_digests(partial)
             folder.write_json(partial / RECORD, content)
 
-    return _certified(live, output, write)
+    return _certified(live, output, write, base.begin)
 
 
 def _to_merged(adapter: Path, output: Path, base: _Base) -> Certificate:
-    return merge(adapter, output, model=base.model, tokenizer=base.tokenizer, precision=base.precision)
+    return merge(
+        adapter, output, model=base.model, tokenizer=base.tokenizer, precision=base.precision, listener=base.listener
+    )
 
 
-def _certified(live: LoadedAdapter, output: Path, write: Callable[[Path, Record], object]) -> Certificate:
+def _certified(live: LoadedAdapter, output: Path, write: Callable[[Path, Record], object], begin: Begin) -> Certificate:
     """Write a folder, compare it in a fresh process, and give it its name if it passed."""
     base, stored = live.base, live.stored.record
+    begin(ASKING)
     reference = reference_of(base.model, sample_of(stored, base), base.kind, base.tokenizer)
     record = {k: v for k, v in stored.items() if k not in ("format", "digest", "certificate")}
     record["base"] = {
@@ -133,7 +148,7 @@ def _certified(live: LoadedAdapter, output: Path, write: Callable[[Path, Record]
     }
     with proven_output(output) as rejected, base_folder(base) as copied:
         write(rejected, record)
-        certificate = compare_afresh(rejected, reference, copied)
+        certificate = compare_afresh(rejected, reference, copied, begin)
         if not certificate.passed:
             raise CertificateError(
                 f"the exported adapter differs; it is left in {rejected}", code="not_equal", field="artefact"

@@ -15,17 +15,20 @@ from loralab.adapters.folder import RECORD, write_json
 from loralab.adapters.model_folder import has_own_head
 from loralab.adapters.record import FORMAT
 from loralab.artefacts import requantize
-from loralab.artefacts.certificate import compare_afresh, file_digests
-from loralab.artefacts.comparison import Certificate, reference_of
+from loralab.artefacts.certificate import FRESH, compare_afresh, file_digests
+from loralab.artefacts.comparison import Certificate, Reference, reference_of
 from loralab.artefacts.loaded_adapter import LoadedAdapter, load_with_base, sample_of
 from loralab.artefacts.merge_aware import put_on_grid, suits_grid
 from loralab.errors import CertificateError, ConfigError
 from loralab.models import processors
 from loralab.models.quantize import dequantize
 from loralab.models.source import quiet
+from loralab.progress import Listener, stages
 from loralab.values import check_choice
 
 REJECTED = ".rejected"
+LOADING, ASKING, MERGING, WRITING = "loading base and adapter", "asking them", "merging", "writing"
+SHARES = {LOADING: 3, ASKING: 1, MERGING: 1, WRITING: 1} | FRESH
 KEPT = ("seed", "learn", "thoughts")  # of the record of a training
 
 
@@ -38,6 +41,7 @@ def merge(
     precision: str | None = None,
     quantize: str = "none",
     force: bool = False,
+    listener: Listener | None = None,
 ) -> Certificate:
     """Write the base model with the adapter in its weights to a new folder.
 
@@ -52,6 +56,7 @@ def merge(
             a live model its own.
         quantize: "nf4" packs the merged weights again; a 4-bit base is otherwise left unpacked.
         force: also where 4 bits would round most of the update away.
+        listener: called with what is being done, how much of it all is done, and of how much.
 
     Raises:
         InputError: adapter, base or output cannot be used; nothing has been written.
@@ -60,23 +65,24 @@ def merge(
     output = Path(output)
     atomic.require_free(output)
     check_choice("quantize", quantize, ("none", "nf4"))
-    packs = quantize == "nf4"
+    packs, begin = quantize == "nf4", stages(SHARES, listener)
+    begin(LOADING)
     live = load_with_base(adapter, model=model, tokenizer=tokenizer, precision=precision)
     if reason := live.adapter.reason_not_to_merge():
         raise ConfigError(f"{adapter}: {reason}", code="cannot_merge", field="adapter")
-    base = live.base
-    prompts = sample_of(live.stored.record, base)
-    if packs:  # what is written is compared with what was packed: that differs from the unpacked model
-        requantize.require_whole_blocks(base.model)
-        plain, kept = _merged(live.adapter, packs=packs, force=force)
-        reference = reference_of(plain, prompts, base.kind, base.tokenizer)
-    else:
-        reference = reference_of(base.model, prompts, base.kind, base.tokenizer)
-        plain, kept = _merged(live.adapter, packs=packs, force=force)
+    if packs:
+        requantize.require_whole_blocks(live.base.model)
+    begin(ASKING)
+    reference = None if packs else _reference(live, live.base.model)
+    begin(MERGING)
+    plain, kept = _merged(live.adapter, packs=packs, force=force)
+    # what is written is compared with what was packed: that differs from the unpacked model
+    reference = reference or _reference(live, plain)
     with proven_output(output) as rejected:
+        begin(WRITING)
         with atomic.new_folder(rejected) as place:
             _write_model(live, plain, place, kept)
-        certificate = compare_afresh(rejected, reference)
+        certificate = compare_afresh(rejected, reference, begin=begin)
         if not certificate.passed:
             raise CertificateError(
                 f"the merged model differs from the unmerged one (relative logit difference "
@@ -86,6 +92,11 @@ def merge(
                 field="artefact",
             )
     return certificate
+
+
+def _reference(live: LoadedAdapter, model: Any) -> Reference:
+    """Return the logits of a model on the task's own prompts."""
+    return reference_of(model, sample_of(live.stored.record, live.base), live.base.kind, live.base.tokenizer)
 
 
 def _merged(adapter: Adapter, *, packs: bool, force: bool) -> tuple[Any, Mapping[str, float]]:

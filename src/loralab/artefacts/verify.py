@@ -15,7 +15,7 @@ import torch
 from loralab.artefacts import certificate
 from loralab.artefacts.comparison import Certificate
 from loralab.artefacts.proof.changes import AdapterChanges, read_changes
-from loralab.artefacts.proof.judge import Judge, Listener
+from loralab.artefacts.proof.judge import Judge
 from loralab.artefacts.proof.logits import compare_logits, precision_of
 from loralab.artefacts.proof.names import is_buffer
 from loralab.artefacts.proof.plan import Plan, make_plan
@@ -26,12 +26,15 @@ from loralab.models.gguf_weights import read_gguf
 from loralab.models.packed_weights import unpacked
 from loralab.models.source import resolve
 from loralab.models.weights import Weights, read_folder
+from loralab.progress import Listener
 
 LEAST_SURVIVING = 0.5  # of the whole update, in a merge that was quantised
 
 
 @overload
-def verify(artefact: str | Path, *, base: str | Path | None = None) -> Certificate: ...
+def verify(
+    artefact: str | Path, *, base: str | Path | None = None, listener: Listener | None = None
+) -> Certificate: ...
 @overload
 def verify(
     artefact: str | Path,
@@ -59,19 +62,19 @@ def verify(
             adapter names.
         adapter: the folder that was merged, written by peft or by loralab.
         logits: of a merge, compare logits too where both models can be opened.
-        listener: of a merge, called with the number of tensors done and of all.
+        listener: called with what is being done, how much of it is done, and of how much.
 
     Raises:
         InputError: the parts do not belong together, a shard is missing or cut short, or there is no
             artefact with a certificate at this place.
         CertificateError: an artefact is not, or does not do, what was certified.
     """
-    if adapter is None and not (logits and listener is None):
+    if adapter is None and not logits:
         raise ConfigError(
-            "logits and listener belong to a merge; name the adapter that was merged", code="no_effect", field="adapter"
+            "logits=False belongs to a merge; name the adapter that was merged", code="no_effect", field="adapter"
         )
     if adapter is None:
-        return certificate.verify(artefact, base=base)
+        return certificate.verify(artefact, base=base, listener=listener)
     return verify_merge(Path(artefact), base, Path(adapter), logits=logits, listener=listener)
 
 
@@ -103,7 +106,7 @@ def verify_merge(
         dtypes = judge.dtypes | {stream.dtype for stream in changes.bases.values()}
         why = _why_no_logits(result, own_keys, plan)
         if not why:
-            found, why = compare_logits(start, result, adapter, precision_of(dtypes))
+            found, why = compare_logits(start, result, adapter, precision_of(dtypes), listener)
         notes += [f"logits were not compared: {why}"] if why else []
     counted = Counter(v.order for v in verdicts if v.changed and v.order)
     return replace(

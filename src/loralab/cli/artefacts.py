@@ -37,9 +37,13 @@ def merge(
 ) -> None:
     """Put an adapter into the base's weights: a full model folder, with its certificate."""
     from loralab.artefacts.merge import merge as run_merge
+    from loralab.cli.progress import Counts
 
-    with working(f"merging {adapter}, and comparing the merged model in a fresh process", quiet=json_):
-        certificate = run_merge(adapter, output, model=model, precision=precision, quantize=quantize, force=force)
+    opening = f"merging {adapter}, and comparing the merged model in a fresh process"
+    with Counts(quiet=json_, opening=opening) as counts:
+        certificate = run_merge(
+            adapter, output, model=model, precision=precision, quantize=quantize, force=force, listener=counts
+        )
     _show_certificate(output, certificate, json_)
 
 
@@ -54,9 +58,11 @@ def export(
 ) -> None:
     """Write an adapter in another form, with its certificate."""
     from loralab.artefacts.export import export as run_export
+    from loralab.cli.progress import Counts
 
-    with working(f"writing {adapter} for {to}, and comparing it in a fresh process", quiet=json_):
-        certificate = run_export(adapter, output, to=to, model=model, precision=precision)
+    opening = f"writing {adapter} for {to}, and comparing it in a fresh process"
+    with Counts(quiet=json_, opening=opening) as counts:
+        certificate = run_export(adapter, output, to=to, model=model, precision=precision, listener=counts)
     _show_certificate(output, certificate, json_)
 
 
@@ -93,15 +99,18 @@ def verify(
     and adapter make; 2: the input is wrong, such as a missing shard; 3: it cannot be decided.
     """
     from loralab.artefacts.verify import verify as run_verify
+    from loralab.cli.progress import Counts
 
     if adapter is None:
         options: dict[str, Any] = {} if logits else {"logits": False}
-        with working(f"reloading {artefact} in a fresh process, to compare it with its certificate", quiet=json_):
-            certificate = run_verify(artefact, base=base, **options)
+        opening = f"reloading {artefact} in a fresh process, to compare it with its certificate"
+        with Counts(quiet=json_, opening=opening) as counts:
+            certificate = run_verify(artefact, base=base, listener=counts, **options)
         _show_certificate(artefact, certificate, json_)
         return
-    with working(f"comparing every tensor of {artefact} with base and adapter, then the logits", quiet=json_):
-        report = run_verify(artefact, base=base, adapter=adapter, logits=logits)
+    opening = f"comparing every tensor of {artefact} with base and adapter, then the logits"
+    with Counts(quiet=json_, opening=opening) as counts:
+        report = run_verify(artefact, base=base, adapter=adapter, logits=logits, listener=counts)
     _conclude(report, _show_merge, json_)
 
 

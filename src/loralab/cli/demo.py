@@ -63,13 +63,14 @@ class Demo:
         """Do it, show it, and return what was measured."""
         import loralab
         from loralab import atomic
-        from loralab.cli.progress import Bar
+        from loralab.cli.progress import Bar, Counts
 
         started = time.perf_counter()
         _clear(self.output)
         evaluation = loralab.Evaluation(limit=self.rows)
         self._say(f"1 scoring {self.model} on {self.rows} rows of {self.data} that it will not see ...")
-        base = loralab.evaluate(model=self.model, data=self.data, evaluation=evaluation)
+        with Counts(quiet=self.quiet) as counts:
+            base = loralab.evaluate(model=self.model, data=self.data, evaluation=evaluation, listener=counts)
         self._say(f"2 training a LoRA for {self.steps} steps ...")
         with Bar(quiet=self.quiet) as bar:
             run = loralab.train(
@@ -80,9 +81,12 @@ class Demo:
                 listener=bar,
             )
         self._say("3 scoring the adapted model on the same rows ...")
-        adapted = loralab.evaluate(adapter=self.output / "adapter", data=self.data, evaluation=evaluation)
+        adapter = self.output / "adapter"
+        with Counts(quiet=self.quiet) as counts:
+            adapted = loralab.evaluate(adapter=adapter, data=self.data, evaluation=evaluation, listener=counts)
         self._say("4 merging, and comparing in a fresh process ...")
-        proof = loralab.merge(self.output / "adapter", self.output / "merged")
+        with Counts(quiet=self.quiet) as counts:
+            proof = loralab.merge(adapter, self.output / "merged", listener=counts)
         result = _result(run, base, adapted, proof, time.perf_counter() - started)
         atomic.write_file(self.output / RESULT, json.dumps(result, indent=2) + "\n")
         if not self.quiet:

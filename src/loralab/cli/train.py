@@ -132,10 +132,12 @@ def evaluate(
         model = DEFAULT_MODEL
     evaluation = build(Evaluation, typed or {})
     from loralab import atomic
+    from loralab.cli.progress import Counts
     from loralab.training.evaluation import evaluate as score
 
-    with working(f"scoring {adapter or model} on {data}", quiet=json_):
-        scores = score(data=data, model=model, adapter=adapter, evaluation=evaluation, mapping=mapping_of(map_))
+    mapping = mapping_of(map_)
+    with Counts(quiet=json_, opening=f"scoring {adapter or model} on {data}") as counts:
+        scores = score(data=data, model=model, adapter=adapter, evaluation=evaluation, mapping=mapping, listener=counts)
     if predictions is not None:
         lines = (json.dumps(vars(p), ensure_ascii=False) for p in scores.predictions)
         atomic.write_file(predictions, "".join(line + "\n" for line in lines))
@@ -170,9 +172,10 @@ def generate(
     adapters = list(adapter or [])
     if model is None and not adapters:
         model = DEFAULT_MODEL
+    from loralab.cli.progress import Counts
     from loralab.training.evaluation import generate as answer
 
-    with working(f"answering {len(prompts)} prompts", quiet=json_):
+    with Counts(quiet=json_, opening=f"answering {len(prompts)} prompts") as counts:
         found = answer(
             prompts=prompts,
             model=model,
@@ -184,6 +187,7 @@ def generate(
             seed=seed,
             precision=precision,
             images=list(image or []),
+            listener=counts,
         )
     if json_:
         print_json(found)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loralab.errors import DataError
+from loralab.progress import Listener, counted
 from loralab.tasks.batches import padded
 from loralab.tasks.encode import stop_ids
 from loralab.tasks.examples import Ids
@@ -31,6 +32,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     beside: Beside | None = None,
+    listener: Listener | None = None,
 ) -> list[str]:
     """Return the answers to some prompts (token ids): greedy at temperature 0, else sampled.
 
@@ -42,7 +44,7 @@ def generate(
     """
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
-        return write_answers(model, tokenizer, prompts, max_new_tokens, batch_size, temperature, beside)
+        return write_answers(model, tokenizer, prompts, max_new_tokens, batch_size, temperature, beside, listener)
 
 
 @contextmanager
@@ -66,6 +68,7 @@ def write_answers(
     batch_size: int,
     temperature: float = 0.0,
     beside: Beside | None = None,
+    listener: Listener | None = None,
 ) -> list[str]:
     """Return the answers of batches of similar length, through the model's own generate().
 
@@ -84,8 +87,8 @@ def write_answers(
     require_room("the longest prompt", needed, context_length(model))
     require_known(model, tokenizer, map(tuple, prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
+    groups = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    for indices in counted(groups, "writing", len(order), listener):
         ids, mask = (padded if separate else _left_padded)([tuple(prompts[i]) for i in indices], pad)
         more = {} if beside is None else read_by(model, beside(indices, ids))
         written = model.generate(

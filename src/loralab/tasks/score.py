@@ -1,12 +1,13 @@
 """Losses and generation; evaluate(model, task) -> Scores. The metrics: metrics.py."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from loralab.errors import ConfigError
+from loralab.progress import Listener
 from loralab.tasks.catalog import LABELLED, Task
 from loralab.tasks.chat_options import ChatOptions
 from loralab.tasks.chats import last_learnt
@@ -71,14 +72,14 @@ def evaluate(
     generate: bool = False,
     max_new_tokens: int = 128,
     among: ProcessGroup | None = None,
+    listener: Listener | None = None,
 ) -> Scores:
     """Score a model on the first `limit` rows of a split; its training mode is kept.
 
     For a vision model `tokenizer` is what stands in its place: Pictures.
 
-    With labels, a language model's answer is the label that it finds most likely: the highest
-    summed log-probability of the label's tokens and the end of the answer, without which "not"
-    would always beat "not good". Where every label is a single token the end is left out.
+    With labels, a language model's answer is its likeliest label, by the summed log-probability of the label's tokens
+    and the end of the answer ("not" would always beat "not good"), which is left out where all labels are one token.
 
     Args:
         max_length: None is the model's own context.
@@ -103,21 +104,25 @@ def evaluate(
         among=among,
         generate=generate,
         max_new_tokens=max_new_tokens,
+        listener=listener,
     )
     with evaluating(model):
         found = own.score(given)
-    predictions = tuple(
-        Prediction(row=i, prompt=_for_display(row, task.chat), expected=answer(row, task.chat), answer=a)
-        for i, (row, a) in enumerate(zip(rows, found.written, strict=True))
-    )
     return Scores(
         metrics=found.metrics,
         rows=len(rows),
-        predictions=predictions,
+        predictions=tuple(_predictions(task, rows, found.written)),
         main=next(name for name in own.main if name in found.metrics),
         row_losses=tuple(found.row_losses),
         notes=(*task.notes, *encoded.notes),
     )
+
+
+def _predictions(task: Task, rows: Sequence[dict[str, Any]], written: Sequence[str]) -> Iterator[Prediction]:
+    """Yield what was answered to each row."""
+    for number, (row, own) in enumerate(zip(rows, written, strict=True)):
+        prompt, expected = _for_display(row, task.chat), answer(row, task.chat)
+        yield Prediction(row=number, prompt=prompt, expected=expected, answer=own)
 
 
 def _require_answers(task: Task, kind: Kind, generate: bool) -> None:

@@ -22,6 +22,7 @@ from loralab.models.kinds import KINDS, LEARNERS, recorded_kind
 from loralab.models.load import Base
 from loralab.models.quantize import quantize as pack
 from loralab.models.tokens import add_tokens
+from loralab.progress import Listener
 from loralab.tasks import score
 from loralab.tasks.catalog import Task
 from loralab.tasks.chat_options import LEARN, THOUGHTS, ChatOptions
@@ -49,6 +50,7 @@ def evaluate(
     adapter: str | Path | None = None,
     evaluation: Evaluation | None = None,
     mapping: Mapping[str, str] | None = None,
+    listener: Listener | None = None,
 ) -> Scores:
     """Score a model, with or without an adapter, on one split of some data.
 
@@ -60,6 +62,7 @@ def evaluate(
         data: a name or an object, as `train` takes them.
         model: a name; or a live model with its `tokenizer`, scored as it is, with an adapter that
             is in it, and left so. May be left out if the adapter's folder names its base.
+        listener: called with what is being done, how many rows are done, and of how many.
 
     Raises:
         InputError: the model, the data or the adapter is wrong.
@@ -88,6 +91,7 @@ def evaluate(
             limit=evaluation.limit,
             generate=evaluation.generate,
             max_new_tokens=evaluation.max_new_tokens,
+            listener=listener,
         )
     return replace(scores, split=split, notes=(*scores.notes, *_merge_note(record, stored)))
 
@@ -212,6 +216,7 @@ def generate(
     precision: str = "auto",
     system: str | None = None,
     images: Sequence[Any] = (),
+    listener: Listener | None = None,
 ) -> list[dict[str, Any]]:
     """Generate answers of the base and of each adapter: one {"prompt", "answers": {name: text}} a prompt.
 
@@ -227,14 +232,7 @@ def generate(
     every = [prompts] if isinstance(prompts, str) else prompts
     prompts = [text_in(f"prompt {number}", "the text", prompt) for number, prompt in enumerate(every, 1)]
     system = system and text_in("system", "the text", system)
-    if not prompts:
-        raise ConfigError("there is no prompt; give one, or pipe some in, one a line", code="no_prompt", field="prompt")
-    if not adapters and not with_base:
-        raise ConfigError(
-            "without the base and without adapters there is nothing to answer",
-            code="nothing_to_answer",
-            field="adapter",
-        )
+    _require_work(prompts, with_base or bool(adapters))
     stored = [folder.read(path) for path in adapters]
     name = plain_name(model) if model is not None else base_name(*stored)
     own = given(name, tokenizer)
@@ -255,10 +253,23 @@ def generate(
                     temperature=temperature,
                     seed=seed,
                     beside=beside(asked.tokenizer, questions) if pictures else None,
+                    listener=listener,
                 )
             for entry, text in zip(found, texts, strict=True):
                 entry["answers"][who] = text
     return found
+
+
+def _require_work(prompts: Sequence[str], anybody: bool) -> None:
+    """Refuse where there is nothing to answer, or nobody who would."""
+    if not prompts:
+        raise ConfigError("there is no prompt; give one, or pipe some in, one a line", code="no_prompt", field="prompt")
+    if not anybody:
+        raise ConfigError(
+            "without the base and without adapters there is nothing to answer",
+            code="nothing_to_answer",
+            field="adapter",
+        )
 
 
 def _questions(

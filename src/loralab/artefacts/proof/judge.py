@@ -1,7 +1,8 @@
 """The order that explains a merged file, and the verdict on each of its tensors."""
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,9 +13,9 @@ from loralab.artefacts.proof.compare import Expected, Explained, Replay, spread
 from loralab.artefacts.proof.orders import F32, WORDS, Order, orders
 from loralab.artefacts.proof.report import TensorVerdict
 from loralab.models.weights import Stream
+from loralab.progress import Listener, counted
 
 LOOKED_AT = 12  # changed tensors that a common order is looked for in
-Listener = Callable[[int, int], None]  # tensors done, of how many
 
 
 class Judge:
@@ -35,17 +36,15 @@ class Judge:
 
     def verdicts(self, listener: Listener | None = None) -> list[TensorVerdict]:
         """Return a verdict for each tensor, all by one order of rounding where one explains them."""
-        found = []
-        for number, own in enumerate(self.tensors):
-            found.append(self._verdict(own))
-            if listener is not None:
-                listener(number + 1, len(self.tensors))
+        total = sum(map(_elements, self.tensors))
+        tensors = counted(self.tensors, "comparing tensors", total, listener, _elements)
+        found = [self._verdict(own) for own in tensors]
         self._unite(found)
         return self._diagnosis.reconsidered(found)
 
     def _verdict(self, own: Expected) -> TensorVerdict:
         plain = TensorVerdict(name=own.name, verdict="undecided", changed=own.changed)
-        plain = replace(plain, elements=own.size[0] * own.size[1], detail="; ".join(own.notes))
+        plain = replace(plain, elements=_elements(own), detail="; ".join(own.notes))
         if own.start.shape != own.merged.shape and (odd := self._misshapen(own, plain)):
             return odd
         if own.merged.codec:
@@ -135,6 +134,10 @@ class Judge:
         if found.verdict == "wrong":
             return found
         return replace(plain, cause="unknown_rows", detail=f"neither base nor adapter holds its last {more} rows")
+
+
+def _elements(own: Expected) -> int:
+    return math.prod(own.size)
 
 
 class _Head:

@@ -3,7 +3,7 @@
 What the weights cannot show: a configuration that makes another computation of the same tensors.
 """
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,19 @@ from loralab.models.kinds import CAUSAL, CLASSIFIER, LOADERS, SENTENCES, SEQ2SEQ
 from loralab.models.load import configuration
 from loralab.models.source import quiet
 from loralab.models.weights import Weights
+from loralab.progress import Listener, stages
 from loralab.system import memory_bytes
 
 PROMPTS, TOKENS = 4, 16
 SHARE = 3  # of the memory, that one model in fp32 may take
+ADAPTED, MERGED = "asking base and adapter", "asking the merged model"
+SHARES = {ADAPTED: 1, MERGED: 1}
 KINDS = (CAUSAL, CLASSIFIER, TAGGER, SENTENCES, SEQ2SEQ)
 
 
-def compare_logits(base: Weights, merged: Weights, adapter: Path, precision: str) -> tuple[Certificate | None, str]:
+def compare_logits(
+    base: Weights, merged: Weights, adapter: Path, precision: str, listener: Listener | None = None
+) -> tuple[Certificate | None, str]:
     """Load one model after the other, and compare them.
 
     Args:
@@ -40,12 +45,15 @@ def compare_logits(base: Weights, merged: Weights, adapter: Path, precision: str
     if (size := 4 * max(map(_numbers, (base, merged)))) * SHARE > memory_bytes():
         return None, f"a model in fp32 takes {size / 1e9:.1f} GB, too much of the memory"
     try:
-        return _compared(base, merged, adapter, precision), ""
+        return _compared(base, merged, adapter, precision, stages(SHARES, listener)), ""
     except (LoralabError, OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         return None, f"{' '.join(str(error).split())[:300]}"
 
 
-def _compared(base: Weights, merged: Weights, adapter: Path, precision: str) -> Certificate:
+def _compared(
+    base: Weights, merged: Weights, adapter: Path, precision: str, begin: Callable[[str], None]
+) -> Certificate:
+    begin(ADAPTED)
     kind = _kind(merged.path)
     draw = torch.Generator().manual_seed(0)
     live = _opened(base.path, kind, _labels(merged))
@@ -54,6 +62,7 @@ def _compared(base: Weights, merged: Weights, adapter: Path, precision: str) -> 
     load_adapter(live, adapter)
     reference = reference_of(live, prompts, kind)
     del live
+    begin(MERGED)
     found = logits_of(_opened(merged.path, kind, 0), prompts, kind)
     certificate = compare(reference, found, precision)
     # random ids have no clear answer, so which one is first may change with any rounding

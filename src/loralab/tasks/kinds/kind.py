@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loralab.progress import Listener
 from loralab.tasks.batches import padded, texts_of
 from loralab.tasks.catalog import Task
 from loralab.tasks.examples import IGNORED, Encoded, Example, Ids
@@ -40,6 +41,7 @@ class Scoring:
     among: ProcessGroup | None = None
     generate: bool = False
     max_new_tokens: int = 128
+    listener: Listener | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

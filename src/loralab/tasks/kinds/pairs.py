@@ -2,12 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loralab.progress import counted
 from loralab.tasks.batches import padded
 from loralab.tasks.catalog import Task
 from loralab.tasks.encode import cut_texts
@@ -124,8 +126,8 @@ class Pairs(Sentences):
 def embedded(given: Scoring, kind: str, texts: Sequence[Ids]) -> Tensor:
     """Return texts as vectors of length 1, (N, H), in their own order."""
     examples = [Example(index, ids, (index,), second=ids) for index, ids in enumerate(texts)]
-    found: dict[int, Tensor] = {}
-    for indices, batch in by_length(given.model, given.tokenizer, examples, kind, given.batch_size, given.among):
-        found |= zip(indices, embed(given.model, batch).cpu(), strict=True)
-    found = merged(found, given.among)
+    batches = by_length(given.model, given.tokenizer, examples, kind, given.batch_size, given.among)
+    parts = (list(zip(indices, embed(given.model, batch).cpu(), strict=True)) for indices, batch in batches)
+    told = counted(parts, "embedding", len(examples), given.listener)
+    found = merged(dict(chain.from_iterable(told)), given.among)
     return torch.stack([found[index] for index in range(len(examples))])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loralab.lanes import can_share, in_lanes
+from loralab.progress import counted
 from loralab.tasks.examples import Example
 from loralab.tasks.forward import by_length, merged
 from loralab.tasks.kinds.kind import Kind, Scoring
@@ -34,6 +35,7 @@ def by_example(
     alone = given.among is not None or next(given.model.parameters()).device.type != "cpu"
     alone = alone or not can_share(given.model)
     parts = map(one, batches) if alone else in_lanes(one, batches, _alike)
+    parts = counted(parts, "scoring", len(examples), given.listener)
     found = merged(dict(itertools.chain.from_iterable(parts)), given.among)
     return [found[index] for index in range(len(examples))]
 

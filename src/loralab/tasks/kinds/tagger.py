@@ -1,7 +1,7 @@
 """Encoders of text with a tag for each word: a word gets the tag of its first piece."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
@@ -12,8 +12,9 @@ from loralab.tasks.catalog import Task
 from loralab.tasks.encode import cut_texts
 from loralab.tasks.examples import IGNORED, Encoded, Example, Ids
 from loralab.tasks.formats import Row
-from loralab.tasks.forward import by_length, call, merged
+from loralab.tasks.forward import call
 from loralab.tasks.kinds.kind import MAX_POSITIONS, Kind, Scored, Scoring, token_labels
+from loralab.tasks.kinds.rows import by_example
 from loralab.tasks.metrics import entity_f1, label_metrics, looks_like_entities
 
 
@@ -69,12 +70,11 @@ class Tagger(Kind):
         labels, rows = given.task.labels, given.rows
         found = _chosen(given, self.name)
         told = [[labels[0]] * len(row["tags"]) for row in rows]
-        for index, (_, tags) in found.items():
-            example = given.encoded.examples[index]
+        for example, (_, tags) in zip(given.encoded.examples, found, strict=True):
             for word, tag in zip(example.words, tags, strict=True):
                 told[example.row][word] = labels[tag]
-        loss = math.fsum(own for own, _ in found.values())
-        count = sum(len(tags) for _, tags in found.values())
+        loss = math.fsum(own for own, _ in found)
+        count = sum(len(tags) for _, tags in found)
         expected = [list(row["tags"]) for row in rows]
         flat = label_metrics(list(chain(*expected)), list(chain(*told)))
         metrics = {"loss": loss / max(count, 1)}
@@ -84,14 +84,14 @@ class Tagger(Kind):
         return Scored(metrics=metrics, written=[" ".join(tags) for tags in told])
 
 
-def _chosen(given: Scoring, kind: str) -> dict[int, tuple[float, list[int]]]:
-    """Return each example's summed loss and the tags of its words, by its index."""
-    found: dict[int, tuple[float, list[int]]] = {}
-    batches = by_length(given.model, given.tokenizer, given.encoded.examples, kind, given.batch_size, given.among)
-    for indices, batch in batches:
+def _chosen(given: Scoring, kind: str) -> list[tuple[float, list[int]]]:
+    """Return each example's summed loss and the tags of its words."""
+
+    def look(count: int, batch: Mapping[str, Tensor]) -> Iterable[tuple[float, list[int]]]:
         logits = call(given.model, batch).float()
         losses = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none", ignore_index=IGNORED)
         here, best = batch["labels"] != IGNORED, logits.argmax(dim=-1)
         tags = [row[own].tolist() for row, own in zip(best, here, strict=True)]
-        found |= zip(indices, zip(losses.sum(dim=1).tolist(), tags, strict=True), strict=True)
-    return merged(found, given.among)
+        return zip(losses.sum(dim=1).tolist(), tags, strict=True)
+
+    return by_example(given, kind, given.encoded.examples, look)

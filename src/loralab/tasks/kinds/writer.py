@@ -68,6 +68,7 @@ class Writer(Kind):
                 given.max_new_tokens,
                 given.batch_size,
                 beside=self.beside(given.task, given.rows, given.tokenizer),
+                listener=given.listener,
             )
             metrics |= text_metrics(expected, written)
         own = by_row(given.encoded.examples, sums, counts, len(rows))
