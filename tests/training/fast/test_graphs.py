@@ -18,6 +18,7 @@ from loralab.tasks.examples import IGNORED, Example
 from loralab.training.fast import flash, forward_path, graphs
 from loralab.training.fast.forward_path import ForwardPath, _graphs_of, fastest_path, gradient_of
 from loralab.training.fast.graphs import PassGraphs, shape_of, static_rows
+from loralab.training.memory import saved_bytes
 
 
 def kernel(
@@ -196,6 +197,14 @@ def test_what_cannot_be_recorded_goes_on_as_it_is(path: Path, monkeypatch: pytes
         require_alike(own, adapter, rows_of(9, 4, 3))
     assert own.graphs is not None
     assert "capturing" in own.graphs.refused
+
+
+def test_what_a_pass_keeps_is_counted_without_graphs(path: Path) -> None:
+    own, _, stand = path
+    sizes = [saved_bytes(own, rows_of(9, 4, 3)) for _ in range(3)]
+    assert sizes[0] > 0
+    assert len(set(sizes)) == 1
+    assert stand.recorded == 0
 
 
 def test_few_graphs_are_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
