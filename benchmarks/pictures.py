@@ -1,13 +1,10 @@
 """Pictures of the README, made from real runs: `python benchmarks/pictures.py FOLDER`.
 
 Runs the commands below in FOLDER (a run that is there already is kept), photographs the report of the
-study and the page of the server with chromium, and draws what the commands printed.
+study and the page of the server with chromium.
 """
 
 import argparse
-import io
-import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -17,9 +14,6 @@ from base64 import b64decode
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.terminal_theme import DEFAULT_TERMINAL_THEME, NIGHT_OWLISH
-from rich.text import Text
 from served import serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +22,6 @@ from serving.browser import Page, browsing  # noqa: E402
 
 OUTPUT = ROOT / "docs" / "pictures"
 LARGEST = 200_000  # bytes of a picture
-COLUMNS = 112  # of the terminal
 SCHEMES = ("light", "dark")
 SIZE = {"width": 1280, "height": 800}
 TRAIN = "train --model smollm2-135m --data movie-reviews --output-dir adapters/reviews --max-steps 4 --batch-size 8"
@@ -37,11 +30,6 @@ STUDY = (
     "--batch-size 8 --max-length 64 --test-rows 100"
 )
 REVIEW = "Is this film review positive or negative? Answer with one word. A slow start, then a wonderful second half."
-RECORDED = (
-    "merge adapters/reviews merged",
-    "verify merged",
-    f"generate --adapter adapters/reviews --max-new-tokens 12 {shlex.quote(REVIEW)}",
-)
 SHOWN = "document.querySelector('#stop').disabled && document.querySelectorAll('.answer dl:not([hidden])').length === 2"
 # what is below them tells of the machine
 STATISTICS = "Math.floor(document.querySelector('.answer dl').getBoundingClientRect().top)"
@@ -51,19 +39,13 @@ def main() -> None:
     """Make all pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the runs are made, or are already")
-    parser.add_argument("--only", choices=("terminal", "report", "page"), help="make one of them")
+    parser.add_argument("--only", choices=("report", "page"), help="make one of them")
     given = parser.parse_args()
     folder: Path = given.folder.resolve()
     OUTPUT.mkdir(exist_ok=True)
-    for name, make in {"terminal": terminal, "report": report, "page": page}.items():
+    for name, make in {"report": report, "page": page}.items():
         if given.only in (None, name):
             make(folder)
-
-
-def terminal(folder: Path) -> None:
-    """Draw what some commands print."""
-    trained(folder)
-    record(folder)
 
 
 def report(folder: Path) -> None:
@@ -87,32 +69,12 @@ def trained(folder: Path) -> None:
         run(TRAIN, folder)
 
 
-def run(command: str, folder: Path) -> str:
-    """Run a command of loralab in a folder, and return what it printed, with its colours."""
+def run(command: str, folder: Path) -> None:
+    """Run a command of loralab in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(COLUMNS)}
-    words = [sys.executable, "-m", "loralab", *shlex.split(command)]
     print(f"loralab {command}", file=sys.stderr, flush=True)
-    done = subprocess.run(
-        words, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-    )
-    if done.returncode:
-        sys.exit(done.stdout)
-    return done.stdout
-
-
-def record(folder: Path) -> None:
-    """Draw the commands and their output as a terminal, light and dark."""
-    shutil.rmtree(folder / "merged", ignore_errors=True)
-    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, highlight=False)
-    for command in RECORDED:
-        console.print(Text.assemble(("$ ", "green"), (f"loralab {command}", "bold")))
-        console.print(Text.from_ansi(run(command, folder).rstrip()))
-    for scheme, theme in zip(SCHEMES, (DEFAULT_TERMINAL_THEME, NIGHT_OWLISH), strict=True):
-        drawn = console.export_svg(title="loralab", theme=theme, clear=False, unique_id="terminal")
-        # a picture fetches nothing
-        drawn = re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.S)
-        write(f"terminal-{scheme}.svg", drawn.encode())
+    if code := subprocess.call([sys.executable, "-m", "loralab", *shlex.split(command)], cwd=folder):
+        sys.exit(code)
 
 
 def photograph(

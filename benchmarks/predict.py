@@ -207,7 +207,7 @@ def as_text(report: Mapping[str, Any]) -> str:
     covered = ", ".join(f"{name} {share:.0%}" for name, share in report["covered"].items())
     said = "beats" if report["beats_default"] else "is not shown to beat"
     notes = f"90 % intervals hold the truth: {covered}; at the edge of what ran: {report['at_edge']} best rates"
-    verdict = f"The prediction {said} the default: on average {report['gain']:+.1f} points of the loss saved."
+    verdict = f"The prediction {said} the default: on average {report['gain']:+.1f} % of the best loss saved."
     return table(title, head, rows) + f"\n{notes}\n{verdict}\n"
 
 

@@ -10,13 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import typer.main
-
 import loralab
-from loralab.cli import app, artefacts, assets, card, demo, serve, study, train
+from loralab.cli import load_commands
 
 FOLDER = Path(__file__).parents[1] / "reference"
-MODULES = (artefacts, assets, card, demo, serve, study, train)  # they add commands
 GROUPS = {
     "adapters": "Adapt a model",
     "training": "Train, score, ask",
@@ -44,8 +41,7 @@ def pages() -> dict[str, str]:
 
 def command_line() -> str:
     """Return all commands with their arguments and options, in the order of the names."""
-    train.take_method(["train"])  # without the options of a method from outside
-    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands: dict[str, Any] = load_commands().commands  # without the options of a method from outside
     head = [
         "# Command line",
         "",

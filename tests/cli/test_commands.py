@@ -13,7 +13,7 @@ import pytest
 
 import loralab
 from loralab.artefacts.engines import Incompatibility, Verdict
-from loralab.cli import _as_interrupt, _ended, _thread_ended, artefacts, card, run, serve, study, train  # noqa: F401  (they add commands)
+from loralab.cli import _as_interrupt, _ended, _thread_ended, artefacts, load_commands, run
 from loralab.cli.options import pairs
 from loralab.errors import ConfigError
 from loralab.studies.fields import from_toml
@@ -326,12 +326,8 @@ def test_a_thread_that_cannot_write_adds_no_traceback(capsys: pytest.CaptureFixt
 
 
 def test_every_command_is_a_function_of_the_same_word() -> None:
-    from typer.main import get_command
-
-    from loralab.cli import app
-
     lists, shows = {"models", "tasks", "assets"}, {"demo"}  # packages in Python; and calls of the others, on a screen
-    words = set(get_command(app).commands) - lists - shows  # type: ignore[attr-defined]
+    words = set(load_commands().commands) - lists - shows
     assert words >= {
         "train",
         "plan",

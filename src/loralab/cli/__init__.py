@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -34,16 +35,21 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code; errors go to standard error, one line each."""
-    from loralab.cli import artefacts, assets, card, demo, predict, serve, study, train  # noqa: F401  (they add commands)
-
     try:
-        train.take_method(arguments)
-        result: Any = typer.main.get_command(app).main(arguments, prog_name="loralab", standalone_mode=False)
+        result: Any = load_commands(arguments).main(arguments, prog_name="loralab", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
         return _ended(error, arguments)
     if result == INTERRUPTED:  # what typer makes of Ctrl-C
         return _interrupted(arguments)
     return result if isinstance(result, int) else 0
+
+
+def load_commands(arguments: Sequence[str] = ("train",)) -> Any:
+    """Return the command of all commands, with the options of the method that is typed."""
+    from loralab.cli import artefacts, assets, card, demo, predict, serve, study, train  # noqa: F401  (they add commands)
+
+    train.take_method(arguments)
+    return typer.main.get_command(app)
 
 
 def _ended(error: BaseException, arguments: list[str]) -> int:

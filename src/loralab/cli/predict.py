@@ -62,7 +62,7 @@ def _checked(standing: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [("not checked", "too few data sets to leave one out: take this as a guess")]
     lines = [
         (
-            f"checked, {name}",
+            f"checked for {standing['method']}, {name}",
             f"rate within half a decade {own['rate_hits']:.0%}, rank within a factor of 2 {own['rank_hits']:.0%}, "
             f"loss above the best {own['regret']:.1f} %",
         )

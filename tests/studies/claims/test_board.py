@@ -1,8 +1,10 @@
 """The board follows from the runs, is the same from its records, and its page from it alone."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from studies.claims.planted import ARMS, Drawn, at_home, claim_file, right
@@ -14,7 +16,7 @@ from loralab.studies import store
 from loralab.studies.claims import board, observations
 from loralab.studies.claims.conduct import REGISTER, register, registered, require_same, write_board
 from loralab.studies.claims.form import AGAIN, FOLDER, packaged, read, repetitions
-from loralab.studies.study import StudyOptions
+from loralab.studies.study import StudyOptions, Trial
 from loralab.values import read_toml
 
 DOCS = Path(__file__).parents[3] / "docs" / "claims"
@@ -182,6 +184,22 @@ def test_the_check_by_margin_makes_the_same_verdict_harder(
     drawn.run(claim_file(tmp_path, direction=direction, margin=margin), right({"one": one, "two": 0.9}, 0.005))
     (row,) = write_board(drawn.folder)
     assert (row["verdict"], row["robustness"]["margin"]) == (verdict, stricter), row
+
+
+@pytest.mark.parametrize(("best", "at_edge"), [(-3.0, False), (-1.5, True)])
+def test_a_rate_tuned_at_the_edge_of_those_registered_is_said(tmp_path: Path, best: float, at_edge: bool) -> None:
+    """Also where the reading compares rows, and not the rates themselves."""
+    searched = ARMS.replace("rank = 2, learning_rate = 1e-3}", "rank = 2}\nrates = [1e-4, 1e-3, 1e-2]")
+
+    def made(trial: Trial) -> dict[str, Any]:
+        off = math.log10(trial.arm.fields["learning_rate"]) - best
+        scores = right({trial.arm.name: 0.8})(trial)["items"]
+        return {"items": scores, "numbers": {"validation_loss": 1 + off**2}}
+
+    drawn = Drawn(tmp_path / "out")
+    drawn.run(claim_file(tmp_path, arms=searched), made)
+    (row,) = write_board(drawn.folder)
+    assert row["at_edge"] is at_edge
 
 
 def test_minutes_beyond_those_registered_are_said(drawn: Drawn, tmp_path: Path) -> None:

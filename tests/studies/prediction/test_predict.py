@@ -100,6 +100,7 @@ def test_a_start_unlike_all_sweeps_is_named_and_less_certain() -> None:
     far = predicted_from(features(hidden=4096), 2000, known)
     assert near.unlike == ()
     assert far.unlike == ("steps", "hidden")
+    assert predicted_from(features(gradient_rank=9.0), 32, known).unlike == ("gradient_rank",)
     widths = [math.log(found.rates["lora"].high / found.rates["lora"].low) for found in (near, far)]
     assert widths[1] > 1.5 * widths[0]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from studies.planted import RATES, features, sweep
 
+from loralab.errors import ConfigError
 from loralab.studies.prediction.probe import lowest
-from loralab.studies.prediction.sweeps import PACKAGED, read_sweeps, sweep_of
+from loralab.studies.prediction.sweeps import FORMAT, PACKAGED, read_sweeps, sweep_of
 
 
 def test_the_best_rate_lies_between_those_that_ran() -> None:
@@ -76,7 +77,15 @@ def test_a_sweep_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert sweep_of(asdict(found)) == found
 
 
-def test_the_packaged_sweeps_have_their_best_rates_inside() -> None:
+def test_sweeps_of_another_format_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "sweeps.json"
+    file.write_text(json.dumps({"format": FORMAT + 1, "sweeps": []}))
+    with pytest.raises(ConfigError) as caught:
+        read_sweeps(file)
+    assert (caught.value.code, caught.value.field) == ("wrong_format", "format")
+
+
+def test_the_packaged_sweeps_can_be_read_and_each_is_whole() -> None:
     for found in read_sweeps(PACKAGED):
         assert len(found.runs) >= 3 * len(found.curves)
         assert found.sufficient_rank in found.curves

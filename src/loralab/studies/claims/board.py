@@ -12,7 +12,7 @@ from loralab.errors import OutputError
 from loralab.studies.claims import observations
 from loralab.studies.claims.form import ABOVE, BELOW, BY_MARGIN, BY_SEED, FOLDER, OTHER_DATA, OTHER_SEEDS, WITHIN, Claim
 from loralab.studies.claims.observations import Observation
-from loralab.studies.claims.readings import estimate
+from loralab.studies.claims.readings import estimate, tuned_at_edge
 from loralab.studies.claims.verdict import Verdict, decide, power
 from loralab.values import read_toml
 
@@ -57,7 +57,7 @@ def row_of(claim: Claim, found: Sequence[Observation]) -> dict[str, Any]:
         "seeds": len({run.seed for run in found}),
         "note": claim.note,
         "lost": sum(run.status != "done" for run in found),
-        "at_edge": own.at_edge or any(run.edge for run in found),
+        "at_edge": own.at_edge or any(run.edge for run in found) or tuned_at_edge(claim, found),
         "robustness": {**_robustness(claim, found, verdict), **_repeated(claim, again)},
         "digest": claim.digest,
     }
@@ -146,7 +146,7 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def _untested(rows: Sequence[Row]) -> list[str]:
-    """Return the table of the claims that have no file, and why; none where all of them are on the board."""
+    """Return the table of the claims that have no file, and why; none on a board without rows."""
     known = read_toml(FOLDER / UNTESTED)["claim"]
     if not rows or not known:
         return []
@@ -210,5 +210,5 @@ direction, "holds" is an interval beyond the threshold, "refuted" one that stays
 together. Of a claim of equality, "holds" is an interval within the margin, "refuted" one outside of it. Power
 is the chance that this design, with the noise that it has met, decides an effect as large as the margin.
 Minutes are those of all runs that a claim needs, also where another claim has made them, of those that were registered.
-A claim that was refuted is run again with other seeds and on other data.
+A claim that was refuted is run again with other seeds and, where its file says so, on other data.
 """

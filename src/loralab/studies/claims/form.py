@@ -25,6 +25,15 @@ READINGS = ROWS, NUMBER, BEST_RATE, EQUAL_LOSS, INTERACTION, CORRELATION, VARIAN
     *("rows", "number", "best_rate", "equal_loss"),
     *("interaction", "rank_correlation", "variance"),
 )
+USED: Mapping[str, tuple[str, ...]] = {  # what each reading uses beside its name and `of`
+    ROWS: ("to", "number", "beside", "over", "scale"),
+    NUMBER: ("to", "number", "table", "where", "beside", "over", "scale"),
+    BEST_RATE: ("to", "over"),
+    EQUAL_LOSS: ("to", "where", "over", "scale"),
+    INTERACTION: ("to", "number", "scale"),
+    CORRELATION: ("to", "number", "table", "where", "beside"),
+    VARIANCE: ("where",),
+}
 SCALES = PLAIN, POINTS, PERCENT, LOG10 = "plain", "points", "percent", "log10"
 CHECKS = BY_SEED, BY_MARGIN, OTHER_SEEDS, OTHER_DATA = "seeds", "margin", "other seeds", "other data"
 AGAIN = "again.toml"  # which other seeds and which other data a claim that was refuted is run on
@@ -87,9 +96,10 @@ class Reading:
             first arm less the second, where both have learnt as much. "interaction" is by how much the
             first of `of` is better than the first of `to`, less the same of the second ones, by test row.
             "rank_correlation" is Spearman's of a number of the arms `of` with the column `beside` of the
-            table of the arm `to`, whose rows are the types that `where` names for each arm. "variance" is
-            the share of the validation loss's variance that the field where.ours accounts for, less the
-            largest of those where.theirs; a lost run has the worst loss of its seed.
+            table of the arm `to`, whose rows are the types that `where` names for each arm; its interval is
+            over seeds alone, so that a chance order of few types is not in it. "variance" is the share of
+            the validation loss's variance that the field where.ours accounts for, less the largest of those
+            where.theirs; a lost run has the worst loss of its seed.
         of, to: arms; every pair of one of `of` with one of `to`, and the weakest of them counts: a
             claim of several pairs holds only where each does. Without `to`, each of `of` alone.
         number: of a record: an item by row, or a number; a column where there is a `table`.
@@ -119,6 +129,8 @@ class Reading:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.of:
             raise ConfigError("a reading names at least one arm", code="missing", field="of")
+        for name in self._without_effect():
+            raise ConfigError(f"{self.name} does not use {name}", code="no_effect", field=name)
         if self.over and (self.to or len(self.of) < 2):
             raise ConfigError("a slope is of two arms or more, and beside none", code="wrong_value", field="over")
         if self.name in (EQUAL_LOSS, VARIANCE) and self.where.keys() != {"ours", "theirs"}:
@@ -133,6 +145,12 @@ class Reading:
         if self.name == CORRELATION and (len(self.to) != 1 or self.where.keys() != set(self.of) or not self.beside):
             message = "rank_correlation reads `beside` of one arm `to`, and where names a type for each of `of`"
             raise ConfigError(message, code="wrong_value", field="where")
+
+    def _without_effect(self) -> list[str]:
+        """Return the settings that were given, and that this reading does not use."""
+        used = {"name", "of", *USED[self.name]} - ({"where"} if self.name == NUMBER and not self.table else set())
+        given = [one.name for one in fields(self) if getattr(self, one.name) not in (one.default, {})]
+        return [name for name in given if name not in used]
 
 
 @dataclass(frozen=True, kw_only=True)

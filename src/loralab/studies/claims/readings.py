@@ -157,6 +157,14 @@ def _lies_at_edge(runs: Sequence[Observation]) -> bool:
     return best in (min(losses), max(losses))
 
 
+def tuned_at_edge(claim: Claim, found: Sequence[Observation]) -> bool:
+    """Tell whether an arm whose registered rates are searched for the best has it at the smallest or the largest."""
+    if claim.reading.name == VARIANCE:  # a grid: no rate is chosen
+        return False
+    searched = [name for name, entry in claim.arms.items() if len(entry.rates) > 1]
+    return any(_lies_at_edge([run for run in found if run.arm == name]) for name in searched)
+
+
 def _loss(run: Observation) -> float:
     return run.loss if run.status == DONE else math.inf
 

@@ -16,6 +16,8 @@ from loralab.training.objects import detached_after
 from loralab.training.request import Request
 from loralab.training.settings import Training
 
+COMPARED = ("hidden", "noise", "sign_step", "gradient_rank")  # features that the laws have terms for
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -26,7 +28,7 @@ class Prediction:
         rank: the smallest sufficient rank of LoRA, with its interval.
         chosen_rank: the power of two next to it.
         steps: of the run that it is for.
-        standing: how often it was right on data sets that it had not seen, beside other rules (judge.py).
+        standing: how often it was right for LoRA on data sets that it had not seen, beside other rules (judge.py).
         share: its passes in those of a sweep like the recorded ones, of that many steps.
         unlike: features that lie outside of those of the recorded sweeps.
     """
@@ -128,8 +130,6 @@ def sweep_passes(sweeps: Sequence[SweepRecord], steps: int) -> float:
 
 def unlike(features: Features, steps: int, sweeps: Sequence[SweepRecord]) -> tuple[str, ...]:
     """Return the features that lie outside of those of recorded sweeps."""
-    asked = {"steps": steps, "hidden": features.hidden, "noise": features.noise, "sign_step": features.sign_step}
-    seen = {"steps": [s.steps for s in sweeps]} | {
-        name: [getattr(s.features, name) for s in sweeps] for name in asked if name != "steps"
-    }
+    seen = {"steps": [s.steps for s in sweeps]} | {n: [getattr(s.features, n) for s in sweeps] for n in COMPARED}
+    asked = {"steps": steps} | {name: getattr(features, name) for name in COMPARED}
     return tuple(name for name, value in asked.items() if not min(seen[name]) <= value <= max(seen[name]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from loralab.errors import ConfigError
 from loralab.studies.prediction.probe import Features, lowest
 from loralab.values import build_config
 
@@ -91,8 +92,17 @@ class SweepRecord:
 
 
 def read_sweeps(file: Path = PACKAGED) -> list[SweepRecord]:
-    """Read recorded sweeps."""
+    """Read recorded sweeps.
+
+    Raises:
+        ConfigError: they are of another format.
+    """
     stored = json.loads(file.read_text(encoding="utf-8"))
+    if stored["format"] != FORMAT:
+        message = f"{file} has format {stored['format']}, and {FORMAT} is read here"
+        raise ConfigError(
+            f"{message}; collect it again with benchmarks/predict.py", code="wrong_format", field="format"
+        )
     return [sweep_of(each) for each in stored["sweeps"]]
 
 
