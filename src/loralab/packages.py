@@ -193,7 +193,7 @@ def _run(package: Package, command: Sequence[str], progress: bool) -> None:
     quiet = [] if progress else ["--quiet"]
     done = subprocess.run(
         [*command, *quiet],
-        env={**PIP, **os.environ},
+        env={**PIP, **os.environ, "PIP_USER": "0"},  # "user = true" in pip.conf is not for a folder that is given
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr if progress else subprocess.DEVNULL,
         stderr=subprocess.PIPE,

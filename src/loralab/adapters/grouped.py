@@ -92,6 +92,7 @@ class Bank:
                 if path not in self._places:
                     place = self._places[path] = self._place(path)
                     new[place.base] = place
+                self._places[path].forget(key)  # with the factors that were kept of it
                 self._places[path].members[key] = module
         replace_modules(self.model, new)
         self._update_fast_paths()

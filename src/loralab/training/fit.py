@@ -168,6 +168,7 @@ def step_seconds(adapter: Adapter, path: ForwardPath, rows: Sequence[Example]) -
             loss = path.loss(part)
             if loss.requires_grad:
                 loss.backward()
+            del loss  # see Steps.gradients
     for parameter in adapter.parameters():
         parameter.grad = None
     return clock(device) - started

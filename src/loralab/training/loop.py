@@ -116,6 +116,7 @@ class Steps:
                 loss = job.path.loss(rows) if rows else self._no_loss(shares)
                 accelerator.backward(self.trained.scaler.scale(loss / labelled))
                 total += loss.detach().cpu()
+                del loss  # what holds gradients of one stream would be met by a graph that is recorded on another
                 tokens += sum(example.length for example in rows)
                 if not math.isfinite(total) and job.world.size == 1:
                     break

@@ -215,7 +215,7 @@ def saved_bytes(path: ForwardPath, examples: Sequence[Example]) -> int:
         return tensor.detach()  # an output kept by its own function would keep itself alive
 
     with path.activated(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = replace(path, lanes=1).loss(examples)  # what lanes keep, their own threads know
+        loss = replace(path, lanes=1, graphs=None).loss(examples)  # what lanes and graphs keep is not seen here
     size = sum(storage.nbytes() for storage in kept.values())  # a split block has let go of its own
     del loss
     return size

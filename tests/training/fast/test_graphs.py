@@ -18,6 +18,7 @@ from loralab.tasks.examples import IGNORED, Example
 from loralab.training.fast import flash, forward_path, graphs
 from loralab.training.fast.forward_path import ForwardPath, _graphs_of, fastest_path, gradient_of
 from loralab.training.fast.graphs import PassGraphs, shape_of, static_rows
+from loralab.training.memory import saved_bytes
 
 
 def kernel(
@@ -73,7 +74,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> tuple[ForwardPath, Adapter, Stand]:
     adapter = attach(llama(), LoRA(rank=2), generator=torch.Generator().manual_seed(0))
     fill(adapter)
     found, stand = fastest_path(adapter, "causal-lm", pad_id=0), Stand()
-    monkeypatch.setattr(forward_path, "PassGraphs", lambda *given: PassGraphs(*given, recorder=stand))
+    monkeypatch.setattr(forward_path, "PassGraphs", lambda *given: PassGraphs(*given, recorder=lambda: stand))
     monkeypatch.setattr(forward_path, "MAX_TRAINED_SHARE", 1.0)  # of a tiny model a small adapter is much
     found.graphs = _graphs_of(found, adapter)
     assert found.graphs is not None
@@ -164,6 +165,17 @@ def test_a_graph_that_computes_something_else_is_not_replayed(path: Path) -> Non
     assert (stand.recorded, stand.replayed) == (1, 1)
 
 
+def test_a_graph_that_leaves_out_what_the_pass_computed_is_not_replayed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, adapter, stand = path
+    monkeypatch.setattr(stand, "record", lambda run: lambda: None)
+    for _ in range(4):
+        require_alike(own, adapter, rows_of(9, 4, 3))
+    assert own.graphs is not None
+    assert own.graphs.refused
+
+
 def test_one_that_is_not_quicker_is_not_replayed(path: Path) -> None:
     own, adapter, stand = path
     stand.gain = 1.05  # 30 tokens in 32
@@ -187,18 +199,26 @@ def test_what_cannot_be_recorded_goes_on_as_it_is(path: Path, monkeypatch: pytes
     assert "capturing" in own.graphs.refused
 
 
+def test_what_a_pass_keeps_is_counted_without_graphs(path: Path) -> None:
+    own, _, stand = path
+    sizes = [saved_bytes(own, rows_of(9, 4, 3)) for _ in range(3)]
+    assert sizes[0] > 0
+    assert len(set(sizes)) == 1
+    assert stand.recorded == 0
+
+
 def test_few_graphs_are_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, adapter, stand = path
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
     for length in (9, 40, 9):
         for _ in range(2):
             require_alike(own, adapter, rows_of(length))
-    assert stand.recorded == 3  # the first again, at once: its shape was seen
+    assert (stand.recorded, stand.replayed) == (1, 1 + 1 + 2)  # to be compared, then those of the first shape
 
 
 def test_methods_that_change_between_steps_have_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_path, "MAX_TRAINED_SHARE", 1.0)
-    monkeypatch.setattr(forward_path, "PassGraphs", lambda *given: PassGraphs(*given, recorder=Stand()))
+    monkeypatch.setattr(forward_path, "PassGraphs", lambda *given: PassGraphs(*given, recorder=Stand))
     for config, has in (
         (LoRA(rank=2), True),
         (LoRA(rank=2, dropout=0.1), False),

@@ -7,8 +7,8 @@ pass computed so, and timed beside it: where the graph is right and quicker, it 
 then on. Axes: N tokens, M tokens with a loss, R rows, P trained tensors.
 """
 
+import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +25,7 @@ from loralab.training.fast.packed import rounded_up
 
 SIZES = 4  # between powers of two: at most a quarter of padding
 MIN_LONGEST = 128  # tokens of a row: the kernel computes about as many at once anyway
-MAX_GRAPHS = 32  # each takes some megabytes of the device; the one that was not used for longest goes
+MAX_GRAPHS = 32  # each takes some megabytes of the device; passes of other shapes stay as they are
 Result = tuple[Tensor, Sequence[Tensor | None]]  # a loss (), and its gradient by each trained tensor
 LossOf = Callable[["StaticRows"], Tensor]
 Compare = Callable[[Result, Result], str]  # expected, found -> how they differ; empty if they do not
@@ -77,15 +77,22 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs that share their memory: they are replayed one at a time."""
+    """Records CUDA graphs that share their memory: they are replayed one at a time.
+
+    All are kept as long as the recorder. Once its graphs are gone a pool takes no more, and a graph
+    that goes takes the cuBLAS workspace of its stream from those that stay (pytorch issue 193402).
+    """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self._kept: list[torch.cuda.CUDAGraph] = []
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Record the kernels of a function, those of its autograd thread included."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        self._kept.append(graph)
+        back = torch.cuda.stream(torch.cuda.current_stream())  # a recording that fails stays on its own stream
+        with back, torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             run()
         return graph.replay
 
@@ -102,15 +109,20 @@ class PassGraphs:
     """The passes of a model as graphs, by shape.
 
     Attributes:
-        refused: why no more passes are recorded; empty while they are.
+        refused: why there are no graphs any more; empty while there may be.
     """
 
     def __init__(
-        self, model: nn.Module, loss_of: LossOf, compare: Compare, pad_id: int, recorder: Recorder | None = None
+        self,
+        model: nn.Module,
+        loss_of: LossOf,
+        compare: Compare,
+        pad_id: int,
+        recorder: Callable[[], Recorder] = CudaRecorder,
     ) -> None:
         self._model, self._loss_of, self._compare, self._pad_id = model, loss_of, compare, pad_id
-        self._recorder = recorder or CudaRecorder()
-        self._graphs: OrderedDict[Shape, _Graph] = OrderedDict()
+        self._new_recorder = recorder
+        self._graphs: dict[Shape, _Graph] = {}
         self._seen: set[Shape] = set()
         self._slower: set[Shape] = set()
         self._made_with: tuple[Any, ...] | None = None
@@ -123,7 +135,6 @@ class PassGraphs:
         shape = shape_of(examples)
         if shape not in self._graphs and not self._record(shape, examples):
             return None
-        self._graphs.move_to_end(shape)
         graph = self._graphs[shape]
         graph.rows.take(static_rows(examples, shape, self._pad_id))
         graph.replay()
@@ -131,16 +142,22 @@ class PassGraphs:
 
     def _begin(self, now: tuple[Any, ...]) -> None:
         """Drop the graphs of a model whose tensors, mode or hooks are no longer those that were recorded."""
-        self._graphs.clear()
+        self._drop()
         self._made_with = now
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
         self._device = self._trained[0].device
         self._loss = torch.zeros((), device=self._device)
         self._gradient = [torch.zeros_like(p) for p in self._trained]
 
+    def _drop(self) -> None:
+        self._graphs.clear()
+        self._slower.clear()
+        self._recorder = self._new_recorder()
+
     def _record(self, shape: Shape, examples: Sequence[Example]) -> bool:
         """Record the second pass of a shape; return whether there is a graph of it now."""
-        if self.refused or shape in self._slower or any(map(_is_watched, self._model.modules())):
+        full = len(self._graphs) + len(self._slower) >= MAX_GRAPHS
+        if self.refused or full or shape in self._slower or any(map(_is_watched, self._model.modules())):
             return False
         if shape not in self._seen:
             self._seen.add(shape)
@@ -149,15 +166,13 @@ class PassGraphs:
             graph, gain = self._recorded(static_rows(examples, shape, self._pad_id).on(self._device))
         except Exception as error:  # an operation that waits for the device, or memory
             self.refused = f"{type(error).__name__}: {error}"
-            return False
         if self.refused:
+            self._drop()
             return False
         if gain * sum(len(example.input_ids) for example in examples) <= shape.tokens:  # no gain without the padding
             self._slower.add(shape)
             return False
         self._graphs[shape] = graph
-        if len(self._graphs) > MAX_GRAPHS:
-            self._graphs.popitem(last=False)
         return True
 
     def _recorded(self, rows: StaticRows) -> tuple["_Graph", float]:
@@ -167,9 +182,12 @@ class PassGraphs:
         def run() -> None:
             own[:] = self._run(rows)
 
+        run()  # kernels are chosen and memory is taken when a shape is new
         eager = self._recorder.seconds(run)
         expected = self._result(own)
         graph = _Graph(rows, self._recorder.record(run), tuple(own))
+        for held in (self._loss, *self._gradient):
+            held.fill_(math.nan)  # else what the replay leaves out would be found as the pass has left it
         gain = eager / self._recorder.seconds(graph.replay)
         self.refused = self._compare(expected, self._result(own))
         return graph, gain
