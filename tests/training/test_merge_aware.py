@@ -46,7 +46,7 @@ def test_scores_of_a_run_are_those_of_its_merge(tiny_train: Train, wide: str, su
     assert abs(loss() - trained) < 0.1 * abs(beside - trained)
     shown = evaluate(data=str(sums), adapter=run.output_dir, evaluation=None)
     assert any("beside its base" in note for note in shown.notes)
-    assert shown.metrics["loss"] == pytest.approx(beside, rel=1e-3)
+    assert shown.metrics["loss"] == pytest.approx(beside, rel=5e-3)  # bfloat16 rounds otherwise from machine to machine
 
 
 class Killed(BaseException):

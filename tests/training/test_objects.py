@@ -211,7 +211,7 @@ def test_a_live_classifier_trains_as_its_folder_does(
     named = start("named", model=str(tmp_path / "model"), data=str(labelled))
     own = start("own", model=model, tokenizer=tokenizer, data=str(labelled))
     assert tensors(own) == tensors(named)
-    assert own.certificate is not None and own.certificate.max_logit_difference == 0
+    assert own.certificate is not None and own.certificate.max_logit_difference < 1e-6  # elsewhere in memory
 
 
 def test_jobs_share_the_weights_of_a_live_model_which_gets_no_adapter(

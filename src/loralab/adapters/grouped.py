@@ -221,10 +221,10 @@ class RoutedModule(Wrapper):
     def _stack(self, members: Sequence[Any], dtype: torch.dtype) -> Stacked:
         """Return the factors of some members as those of one; kept while the set stays and nobody trains it."""
         known, kept = (dtype, *map(id, members)), self._stacked
-        if kept is not None and kept[0] == known:
+        trains = any(p.requires_grad for member in members for p in member.trained().values())
+        if kept is not None and kept[0] == known and not trains:
             return kept[1]
         stacked = stack([member.factors() for member in members], dtype)
-        trains = any(p.requires_grad for member in members for p in member.trained().values())
         self._stacked = None if trains else (known, stacked)
         return stacked
 

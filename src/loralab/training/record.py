@@ -36,6 +36,8 @@ class RunRecord:
         self._listener = listener
         self._tracked: Tracked | None = None
         if speaks:
+            with atomic.explained(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             _drop_after(folder / METRICS, step)
             _end_line(folder / LOG)
 

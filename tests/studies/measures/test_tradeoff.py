@@ -30,7 +30,7 @@ def trial(tiny_llama_folder: Path, sums_file: Path, tmp_path: Path) -> Trial:
 
 def test_the_last_point_is_the_run_and_the_first_the_base(trial: Trial, tmp_path: Path) -> None:
     record = measured(trial, tmp_path / "both", lambda event: None)
-    assert (record.status, record.reason) == ("done", "")
+    assert (record.status, record.reason, record.texts.get("forgetting", "")) == ("done", "", "")
     assert not (tmp_path / "both" / "run").exists()
     points = record.tables["points"]
     assert [p["step"] for p in points] == 2 * [0, 1, 2, 3, 4, 6]

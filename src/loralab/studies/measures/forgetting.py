@@ -90,7 +90,7 @@ def measured(base: Base, own: Task, asked: str = "", beside: tuple[Path, Trial] 
         read = time.perf_counter()
         bare = untrained(base, general) if beside is None else kept(base, general, *beside)
         known = time.perf_counter()
-        after = bare.seen if adapters_of(base.model) is None else _look(base, general, bare.probe)
+        after = again(base, general, bare)
     except LoralabError as error:  # the run itself is whole
         return General(texts={"forgetting": str(error)})
     seconds = read - began + time.perf_counter() - known
@@ -133,6 +133,11 @@ def kept(base: Base, general: Task, folder: Path, trial: Trial) -> Untrained:
     items = {ITEMS: seen.rows, **({} if probe is None else {PROBE: probe.ravel().tolist()})}
     store.write(place, own, own.record(numbers={"score": seen.value}, items=items), time.perf_counter() - began)
     return bare
+
+
+def again(base: Base, general: Task, bare: Untrained) -> Seen:
+    """Return what the model as it is gives on the data on which the base alone gave that."""
+    return bare.seen if adapters_of(base.model) is None else _look(base, general, bare.probe)
 
 
 def looking(base: Base, general: Task) -> Callable[[], Seen]:
