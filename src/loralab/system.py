@@ -1,4 +1,4 @@
-"""What operating systems differ in, each with what takes its place where it is missing.
+"""Differences between operating systems: each call that one of them lacks, with its replacement there.
 
 Linux has all of it, macOS most, Windows little. No other file asks for fcntl, resource, /proc or a
 flag of open() that some lack; what a kernel alone can tell (studies/measures/peaks.py) may stay unknown.

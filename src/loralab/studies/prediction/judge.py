@@ -31,7 +31,7 @@ Says = Callable[[SweepRecord, float], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What a rule says of a sweep: a rank, and the rate of a rank."""
+    """A rule's answer to a sweep: a rank, and the learning rate of a rank."""
 
     rank: Callable[[SweepRecord], float]
     rate: Says

@@ -21,7 +21,7 @@ COMPARED = ("hidden", "noise", "sign_step", "gradient_rank")  # features that th
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a sweep would find, as far as recorded sweeps tell.
+    """Predicted best learning rates and smallest sufficient rank, from recorded sweeps.
 
     Attributes:
         rates: the best learning rate by method, LoRA's at the rank that is predicted; with intervals.

@@ -1,4 +1,4 @@
-"""What a few rows of gradients say at the start of a run: the features that a prediction stands on."""
+"""Features of a model and data for a prediction: gradients of a few rows before the first step."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ FORWARD, BACKWARD = 1, 2  # cost of a row in forward passes
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What is known before the first step.
+    """Features measured before the first step.
 
     Attributes:
         hidden: width of the model.
